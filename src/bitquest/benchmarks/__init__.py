@@ -1,0 +1,1 @@
+"""What `bitquest bench` runs."""

@@ -1,0 +1,1 @@
+"""The `bitquest` command, one short file per subcommand."""

@@ -1,0 +1,1 @@
+"""Running a packed model: key-value cache, sampling, the generation loop."""

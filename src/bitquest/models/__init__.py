@@ -1,0 +1,1 @@
+"""The Llama family in plain torch, without a branch for quantization."""

@@ -1,0 +1,1 @@
+"""Pure torch, no dispatch, no I/O: the definition of the method."""

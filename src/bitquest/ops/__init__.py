@@ -1,0 +1,1 @@
+"""Faster ways to the same numbers: one schema per operation, numerics as the default backend."""

@@ -1,0 +1,1 @@
+"""Data, optimisation, checkpoints: from a text file to a trained model."""
