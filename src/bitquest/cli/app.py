@@ -1,6 +1,7 @@
 """The `bitquest` command: collects the subcommands and turns a user's mistake into one clear message."""
 
 import importlib
+import importlib.util
 import os
 import sys
 
@@ -10,12 +11,16 @@ from rich.markup import escape
 from bitquest import __version__
 from bitquest.cli.console import err
 
-# One module per command, each with a function `command` and its options. A module that is a group (data) has `app` instead.
-COMMANDS: tuple[str, ...] = ()
+ABOUT = (
+    "Train Llama-type language models with 1- to 8-bit weights and activations, pack them, and run exactly those bits."
+)
+
+# One module per command, with a function `command`; a module that is a group of commands (data, bench) has `app` instead.
+COMMANDS = ("demo", "data", "train", "eval", "compare", "export", "verify", "generate", "bench", "doctor")
 
 app = typer.Typer(
     name="bitquest",
-    help="Train Llama-type language models with 1- to 8-bit weights and activations, pack them, and run exactly those bits.",
+    help=ABOUT,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,14 +34,16 @@ def _show_version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(help=ABOUT)
 def _root(
     version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Print the version."),
 ) -> None:
-    """Train Llama-type language models with 1- to 8-bit weights and activations, pack them, and run exactly those bits."""
+    """Options of the command itself."""
 
 
 for _name in COMMANDS:
+    if importlib.util.find_spec(f"bitquest.cli.{_name}") is None:
+        continue  # until every command is there
     _module = importlib.import_module(f"bitquest.cli.{_name}")
     if hasattr(_module, "app"):
         app.add_typer(_module.app, name=_name)
