@@ -15,7 +15,7 @@ ABOUT = (
     "Train Llama-type language models with 1- to 8-bit weights and activations, pack them, and run exactly those bits."
 )
 
-# One module per command, with a function `command`; a module that is a group of commands (data, bench) has `app` instead.
+# One module per command with a function `command`; a group of commands (data, bench) has `app` instead.
 COMMANDS = ("demo", "data", "train", "eval", "compare", "export", "verify", "generate", "bench", "doctor")
 
 app = typer.Typer(

@@ -1,1 +1,71 @@
-"""Pure torch, no dispatch, no I/O: the definition of the method."""
+"""The definition of the method: pure torch, no dispatch, no I/O. Start with fake_quant.py."""
+
+from bitquest.numerics.estimators import ALL_ESTIMATORS, Clip, Estimator, StraightThrough, Trust
+from bitquest.numerics.fake_quant import Encoded, dequantize, encode, fake_quantize, quantize
+from bitquest.numerics.grids import ALL_GRIDS, FP4, TERNARY, CodebookGrid, Grid, UniformGrid
+from bitquest.numerics.integers import IntegerForm, integer_form
+from bitquest.numerics.multipliers import gaussian_mse, gaussian_step
+from bitquest.numerics.packing import pack, packed_width, unpack
+from bitquest.numerics.quantizer import Quantizer
+from bitquest.numerics.rotations import ALL_ROTATIONS, BlockHadamard, NoRotation, Rotation, rotation_from_json
+from bitquest.numerics.scaling import (
+    ALL_GRANULARITIES,
+    ALL_SCALE_RULES,
+    AbsMax,
+    AbsMean,
+    GaussianMSE,
+    Granularity,
+    Learned,
+    PerGroup,
+    PerRow,
+    PerTensor,
+    ScaleRule,
+)
+from bitquest.numerics.sparsity import ALL_SPARSITIES, Dense, NofM, Sparsity
+
+__all__ = [
+    "ALL_ESTIMATORS",
+    "ALL_GRANULARITIES",
+    "ALL_GRIDS",
+    "ALL_ROTATIONS",
+    "ALL_SCALE_RULES",
+    "ALL_SPARSITIES",
+    "FP4",
+    "TERNARY",
+    "AbsMax",
+    "AbsMean",
+    "BlockHadamard",
+    "Clip",
+    "CodebookGrid",
+    "Dense",
+    "Encoded",
+    "Estimator",
+    "GaussianMSE",
+    "Granularity",
+    "Grid",
+    "IntegerForm",
+    "Learned",
+    "NoRotation",
+    "NofM",
+    "PerGroup",
+    "PerRow",
+    "PerTensor",
+    "Quantizer",
+    "Rotation",
+    "ScaleRule",
+    "Sparsity",
+    "StraightThrough",
+    "Trust",
+    "UniformGrid",
+    "dequantize",
+    "encode",
+    "fake_quantize",
+    "gaussian_mse",
+    "gaussian_step",
+    "integer_form",
+    "pack",
+    "packed_width",
+    "quantize",
+    "rotation_from_json",
+    "unpack",
+]

@@ -1,0 +1,120 @@
+"""Gradient estimators: which elements pass the gradient back through the rounding.
+
+Each gives a mask M over the rotated values x_h; the gradient is (G ⊙ M)Hᵀ (METHOD, "Backward"). Values and
+quantized values are in units of the step Δ here, so a threshold is a plain number.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitquest.errors import ConfigError
+from bitquest.numerics.grids import Grid
+
+
+def _within(x_in_steps: Tensor, low: float, high: float) -> Tensor:
+    # Two comparisons into one-byte results: cheaper than |x|, which writes a float tensor. NaN is outside.
+    return torch.ge(x_in_steps, low).logical_and_(torch.le(x_in_steps, high))
+
+
+def _positive(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"{name} must be a positive finite number, not {value!r}")
+
+
+@dataclass(frozen=True)
+class StraightThrough:
+    """Every element passes its gradient (Bengio et al., arXiv 1308.3432)."""
+
+    def range(self, grid: Grid, sparse: bool) -> tuple[float, float] | None:
+        """The interval of x/Δ in which M = 1, where M depends on x alone."""
+        return (-math.inf, math.inf)
+
+    def threshold(self, grid: Grid) -> float:
+        """T/Δ, where M = 1[|x_q − x_h| ≤ T]."""
+        return math.inf
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "straight_through"}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """M = 1[|x_h| ≤ ratio·s]. Under N:M sparsity a zeroed element obeys the same rule."""
+
+    ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive("the clip ratio", self.ratio)
+
+    def range(self, grid: Grid, sparse: bool) -> tuple[float, float] | None:
+        limit = self.ratio * grid.max_level
+        return (-limit, limit)
+
+    def threshold(self, grid: Grid) -> float:
+        return math.inf
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "clip", "ratio": float(self.ratio)}
+
+
+@dataclass(frozen=True)
+class Trust:
+    """M = 1[|x_q − x_h| ≤ T], T = factor × half the outermost gap of the grid (Δ/2 on a uniform grid).
+
+    Where no interior value can be further than T from its level, M masks clipped outliers only and is evaluated as
+    such: the difference of two nearly equal numbers would mask interior values by rounding alone.
+    """
+
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive("the trust factor", self.factor)
+
+    def range(self, grid: Grid, sparse: bool) -> tuple[float, float] | None:
+        reach = self.threshold(grid)
+        if sparse or 2 * reach < grid.largest_gap:
+            return None
+        return (grid.levels[0] - reach, grid.levels[-1] + reach)
+
+    def threshold(self, grid: Grid) -> float:
+        return self.factor * grid.outer_gap / 2
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "trust", "factor": float(self.factor)}
+
+
+Estimator = StraightThrough | Clip | Trust
+ALL_ESTIMATORS: tuple[Estimator, ...] = (StraightThrough(), Clip(), Clip(1.3), Trust(), Trust(0.5), Trust(2.0))
+
+
+def mask_before_rounding(estimator: Estimator, x_in_steps: Tensor, grid: Grid, sparse: bool) -> Tensor | None:
+    """M (bool) where x alone decides it, else None: then `mask_after_rounding` does. Empty: every element passes."""
+    limits = estimator.range(grid, sparse)
+    if limits is None:
+        return None
+    if limits == (-math.inf, math.inf):
+        return torch.empty(0, dtype=torch.bool, device=x_in_steps.device)
+    return _within(x_in_steps, *limits)
+
+
+def mask_after_rounding(estimator: Estimator, x_in_steps: Tensor, q_in_steps: Tensor, grid: Grid) -> Tensor:
+    """M (bool) from the distance between a value and what it became."""
+    return (q_in_steps - x_in_steps).abs_() <= estimator.threshold(grid)
+
+
+def estimator_from_json(fields: dict[str, Any]) -> Estimator:
+    """The estimator that `to_json` described."""
+    match fields:
+        case {"kind": "straight_through", **rest} if not rest:
+            return StraightThrough()
+        case {"kind": "clip", "ratio": ratio, **rest} if not rest:
+            return Clip(ratio)
+        case {"kind": "trust", "factor": factor, **rest} if not rest:
+            return Trust(factor)
+    raise ConfigError(
+        f"not an estimator: {fields!r}; expected kind 'straight_through', 'clip' (ratio) or 'trust' (factor)"
+    )
