@@ -1,1 +1,19 @@
-"""Layers that train on quantized weights and activations, and layers that run packed ones."""
+"""Layers that train and run on few bits, and the two verbs that put them into a model."""
+
+from bitquest.nn.convert import pack_, quantize_
+from bitquest.nn.embedding import PackedEmbedding, QuantizedEmbedding
+from bitquest.nn.linear import PackedLinear, QuantizedLinear
+from bitquest.nn.quantizer import MaskedShare, record_masked_share
+from bitquest.nn.scheme import Scheme
+
+__all__ = [
+    "MaskedShare",
+    "PackedEmbedding",
+    "PackedLinear",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
+    "Scheme",
+    "pack_",
+    "quantize_",
+    "record_masked_share",
+]

@@ -3,7 +3,7 @@
 from bitquest.numerics.estimators import ALL_ESTIMATORS, Clip, Estimator, StraightThrough, Trust
 from bitquest.numerics.fake_quant import Encoded, dequantize, encode, fake_quantize, quantize
 from bitquest.numerics.grids import ALL_GRIDS, FP4, TERNARY, CodebookGrid, Grid, UniformGrid
-from bitquest.numerics.integers import IntegerForm, integer_form
+from bitquest.numerics.integers import IntegerForm, integer_form, integer_linear, weight_only_linear
 from bitquest.numerics.multipliers import gaussian_mse, gaussian_step
 from bitquest.numerics.packing import pack, packed_width, unpack
 from bitquest.numerics.quantizer import Quantizer
@@ -63,9 +63,11 @@ __all__ = [
     "gaussian_mse",
     "gaussian_step",
     "integer_form",
+    "integer_linear",
     "pack",
     "packed_width",
     "quantize",
     "rotation_from_json",
     "unpack",
+    "weight_only_linear",
 ]

@@ -130,7 +130,7 @@ def fake_quantize(x: Tensor, quantizer: Quantizer, rotation: Rotation, step: Ten
 
     step: a given Δ instead of the scale rule's; for a `Learned` quantizer it is differentiable.
     """
-    result: Tensor = _FakeQuantize.apply(x, step, quantizer, rotation.resolve(x.shape[-1]))  # type: ignore[no-untyped-call]
+    result: Tensor = _FakeQuantize.apply(x, step, quantizer, rotation.resolve(x.shape[-1]))
     return result
 
 

@@ -56,3 +56,67 @@ def _codebook_form(grid: CodebookGrid) -> IntegerForm | None:
         if all(level == int(level) and abs(level) <= 127 for level in scaled):
             return IntegerForm(1 / parts, 1, 0, grid.bits, tuple(int(level) for level in scaled))
     return None
+
+
+def integer_product(x_a: Tensor, w_a: Tensor) -> Tensor:
+    """Σ_k x_a[t, k]·w_a[n, k] as int32 (T, N), from int8 (T, K) and (N, K). Exact for K < 2^17."""
+    if x_a.device.type != "cuda":
+        return torch._int_mm(x_a, w_a.t())
+    # The CUDA kernel wants more than 16 rows and multiples of 8; zeros add nothing.
+    tokens, width, channels = x_a.shape[0], x_a.shape[1], w_a.shape[0]
+    x_a = torch.nn.functional.pad(x_a, (0, -width % 8, 0, max(32 - tokens, 0)))
+    w_a = torch.nn.functional.pad(w_a, (0, -width % 8, 0, -channels % 8))
+    return torch._int_mm(x_a, w_a.t())[:tokens, :channels]
+
+
+def _dot(x_a: Tensor, w_a: Tensor, x_form: IntegerForm, w_form: IntegerForm) -> Tensor:
+    """Σ (p·a + q)(r·b + s) = pr·Σab + ps·Σa + qr·Σb + qs·K over one scale group, as float32 of an exact integer."""
+    total = integer_product(x_a, w_a)
+    if not x_form.offset and not w_form.offset and x_form.factor == w_form.factor == 1:
+        return total.to(torch.float32)
+    width = x_a.shape[1]
+    wide = width * x_form.largest * w_form.largest >= 2**31
+    dtype = torch.int64 if wide else torch.int32
+    total = total.to(dtype) * (x_form.factor * w_form.factor)
+    if w_form.offset:
+        total += x_a.sum(1, dtype=dtype).unsqueeze(1) * (x_form.factor * w_form.offset)
+    if x_form.offset:
+        total += w_a.sum(1, dtype=dtype) * (x_form.offset * w_form.factor)
+    return total.add_(width * x_form.offset * w_form.offset).to(torch.float32)
+
+
+def integer_linear(
+    x_a: Tensor, x_step: Tensor, w_a: Tensor, w_step: Tensor, x_form: IntegerForm, w_form: IntegerForm
+) -> Tensor:
+    """x Wᵀ (T, N), float32, from int8 factors (T, K), (N, K) and their steps: one integer dot per scale group.
+
+    Steps are (T, 1) or (T, groups), and (N, 1), (N, groups) or (1, 1); the finer grouping must subdivide the coarser.
+    """
+    groups = max(x_step.shape[-1], w_step.shape[-1])
+    size = x_a.shape[-1] // groups
+    result: Tensor | None = None
+    for g in range(groups):
+        part = slice(g * size, (g + 1) * size)
+        x_scale = x_step[:, g * x_step.shape[-1] // groups].unsqueeze(-1)
+        w_scale = w_step[:, g * w_step.shape[-1] // groups]
+        dot = _dot(x_a[:, part].contiguous(), w_a[:, part], x_form, w_form)
+        dot.mul_(x_scale * (x_form.unit * w_form.unit)).mul_(w_scale)
+        result = dot if result is None else result.add_(dot)
+    assert result is not None
+    return result
+
+
+def weight_only_linear(x_h: Tensor, w_a: Tensor, w_step: Tensor, w_form: IntegerForm) -> Tensor:
+    """x_h Wᵀ (T, N) for float x_h (T, K) in rotated space: float times integers, one scale per channel or group."""
+    groups = w_step.shape[-1]
+    size = x_h.shape[-1] // groups
+    result: Tensor | None = None
+    for g in range(groups):
+        part = slice(g * size, (g + 1) * size)
+        integers = w_a[:, part].to(torch.float32)
+        if w_form.offset or w_form.factor != 1:
+            integers.mul_(w_form.factor).add_(w_form.offset)
+        product = torch.nn.functional.linear(x_h[:, part], integers).mul_(w_step[:, g] * w_form.unit)
+        result = product if result is None else result.add_(product)
+    assert result is not None
+    return result

@@ -1,0 +1,241 @@
+"""What a layer holds for each operand: the frozen quantizer, and whatever is learned or cached."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from bitquest.errors import ConfigError
+from bitquest.numerics.fake_quant import Encoded, encode
+from bitquest.numerics.quantizer import Quantizer
+from bitquest.numerics.rotations import Rotation
+from bitquest.numerics.scaling import EPSILON
+from bitquest.ops.registry import fake_quantize_backward_op, fake_quantize_op, quantizer_text, rotate_op
+
+# --- the share of masked gradients ---------------------------------------------------------------------------------
+
+
+class MaskedShare:
+    """Counts, over everything a model quantizes while it records, the elements whose gradient the estimator masks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.members = {id(module) for module in model.modules()}
+        self._passed: list[Tensor] = []
+        self._elements = 0
+
+    def add(self, mask: Tensor, elements: int) -> None:
+        self._passed.append(mask.sum() if mask.numel() else torch.tensor(elements))
+        self._elements += elements
+
+    @property
+    def value(self) -> float:
+        """Masked elements / all elements, weights and activations together; 0 where nothing was quantized."""
+        if not self._elements:
+            return 0.0
+        return 1 - sum(int(passed) for passed in self._passed) / self._elements
+
+
+_recording: list[MaskedShare] = []
+
+
+@contextmanager
+def record_masked_share(model: nn.Module) -> Iterator[MaskedShare]:
+    """Record the share of masked gradient elements of the model's forward passes inside; torch.compile hides them."""
+    share = MaskedShare(model)
+    _recording.append(share)
+    try:
+        yield share
+    finally:
+        _recording.remove(share)
+
+
+def _record(operand: nn.Module, mask: Tensor, elements: int) -> None:
+    for share in _recording:
+        if id(operand) in share.members:
+            share.add(mask, elements)
+
+
+# --- one quantization for the layers that read the same tensor -----------------------------------------------------
+
+
+class _Shared:
+    """A result that hangs on the tensor it was computed from, until the tensor or the autograd graph moves on."""
+
+    def __init__(self, key: tuple[Any, ...], result: Any) -> None:
+        self.key: tuple[Any, ...] | None = key
+        self.result = result
+
+    def expire(self, _: Tensor) -> None:
+        self.key, self.result = None, None
+
+
+def once_per_input(x: Tensor, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
+    """compute(), or what it gave for this very tensor object, unchanged since, under the same key.
+
+    q, k and v read one tensor, and so do gate and up: it is rotated and quantized once. The result is dropped when x is
+    written to, and when its gradient flows back, for then its part of the graph is spent. Under torch.compile the
+    compiler removes the repeated operator itself; inference tensors carry no version, so nothing is shared there.
+    """
+    if torch.compiler.is_compiling() or x.is_inference():
+        return compute()
+    key = (*key, x._version, torch.is_grad_enabled())
+    shared = getattr(x, "_bitquest_shared", None)
+    if shared is not None and shared.key == key:
+        return shared.result
+    result = compute()
+    shared = _Shared(key, result)
+    if isinstance(result, Tensor) and result.requires_grad:
+        result.register_hook(shared.expire)
+    x._bitquest_shared = shared  # type: ignore[attr-defined]
+    return result
+
+
+# --- the two operands ----------------------------------------------------------------------------------------------
+
+
+class _Operand(nn.Module):
+    """A quantizer of one operand; `spec` None rotates only. A learned step is the parameter `step`."""
+
+    step: Tensor | None
+
+    def __init__(self, spec: Quantizer | None, step: Tensor | None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.text = quantizer_text(spec) if spec is not None else ""
+        if step is None:
+            self.register_parameter("step", None)
+        else:
+            self.step = nn.Parameter(step)
+
+    def effective_step(self) -> Tensor | None:
+        """The Δ in use, positive whatever training does to the parameter; None where the scale rule computes it."""
+        return None if self.step is None else self.step.abs().clamp_min(EPSILON)
+
+    def encode(self, operand: Tensor, rotation: Rotation) -> Encoded | None:
+        """Codes, step and kept mask of the operand (…, K); None if it is not quantized."""
+        if self.spec is None:
+            return None
+        return encode(operand.detach(), self.spec, rotation, self.effective_step())
+
+    def _rotated(self, operand: Tensor, rotation: Rotation) -> Tensor:
+        return operand if rotation.block == 1 else rotate_op(operand, rotation.block)
+
+    def _quantized(self, operand: Tensor, rotation: Rotation) -> Tensor:
+        values, mask, _ = fake_quantize_op(operand, self.effective_step(), self.text, rotation.block)
+        if _recording and not torch.compiler.is_compiling():
+            _record(self, mask, operand.numel())
+        return values
+
+    def extra_repr(self) -> str:
+        return repr(self.spec)
+
+
+class ActivationQuantizer(_Operand):
+    """Quantizes a layer's input, once for all layers that read the same tensor.
+
+    A learned step is one per layer, shape (1, 1), NaN until the first input sets it to the Gaussian fit.
+    """
+
+    def __init__(self, spec: Quantizer | None) -> None:
+        super().__init__(spec, torch.full((1, 1), float("nan")) if spec is not None and spec.is_learned else None)
+
+    def _start(self, x: Tensor, rotation: Rotation) -> None:
+        assert self.step is not None and self.spec is not None
+        if not bool(self.step.isnan().any()):
+            return
+        if torch.compiler.is_compiling():
+            raise ConfigError("a learned activation step starts from data: run one forward pass before torch.compile")
+        with torch.no_grad():
+            self.step.copy_(encode(x.detach().reshape(-1, x.shape[-1]), self.spec, rotation).step)
+
+    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
+        """x (…, K) quantized, or only rotated, in rotated space and in x's dtype."""
+        if self.spec is None:
+            if rotation.block == 1:
+                return x
+            result: Tensor = once_per_input(x, ("", rotation.block), lambda: self._rotated(x, rotation))
+        elif self.step is not None:
+            self._start(x, rotation)
+            result = self._quantized(x, rotation)
+        else:
+            result = once_per_input(x, (self.text, rotation.block), lambda: self._quantized(x, rotation))
+        return result
+
+
+_optimizer_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+class _GradientOfCached(torch.autograd.Function):
+    """Hangs the backward pass of fake quantization on values that were computed earlier."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, values: Tensor, mask: Tensor, block: int) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.block = block
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (mask,) = ctx.saved_tensors
+        return fake_quantize_backward_op(gradients[0].contiguous(), mask, ctx.block), None, None, None
+
+
+class WeightQuantizer(_Operand):
+    """Quantizes a layer's weight (N, K) once per optimizer step, however many micro-batches use it.
+
+    The cache is for training: without gradients the weight is always quantized afresh. It is renewed when the weight's
+    storage, version or contents change and after any torch optimizer's step (fused optimizers write without raising the
+    version). On a GPU the contents are not looked at, which would stall it: code that changes a weight through `.data`
+    there, other than by an optimizer, calls `forget()`.
+    """
+
+    def __init__(self, spec: Quantizer | None, weight: Tensor, rotation: Rotation) -> None:
+        learned = spec is not None and spec.is_learned
+        super().__init__(spec, encode(weight.detach(), spec, rotation).step if learned and spec is not None else None)
+        self._cached: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
+
+    def forget(self) -> None:
+        """Drop the cached quantized weight."""
+        self._cached = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}  # copies of the module start without a cache
+
+    def _key(self, weight: Tensor, rotation: Rotation) -> tuple[Any, ...]:
+        contents = int(weight.detach().view(_INTEGER_OF_SIZE[weight.element_size()]).sum()) if _is_cheap(weight) else 0
+        return (weight.data_ptr(), weight._version, _optimizer_steps, contents, weight.dtype, rotation.block)
+
+    def forward(self, weight: Tensor, rotation: Rotation) -> Tensor:
+        """The weight (N, K) quantized, or only rotated, in rotated space and in its dtype."""
+        if self.spec is None:
+            return self._rotated(weight, rotation)
+        if self.step is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._quantized(weight, rotation)
+        key = self._key(weight, rotation)
+        if self._cached is None or self._cached[0] != key:
+            with torch.no_grad():
+                values, mask, _ = fake_quantize_op(weight, None, self.text, rotation.block)
+            self._cached = (key, values, mask)
+        _, values, mask = self._cached
+        if _recording:
+            _record(self, mask, weight.numel())
+        result: Tensor = _GradientOfCached.apply(weight, values, mask, rotation.block)
+        return result
+
+
+_INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _is_cheap(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.is_contiguous()
