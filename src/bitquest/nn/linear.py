@@ -29,8 +29,8 @@ from bitquest.ops.registry import (
 class QuantizedLinear(nn.Linear):
     """y = Q(xH) Q(WH)ᵀ + b. The weight stays a float parameter under its old name; quantization is in the forward pass.
 
-    The layer owns the one rotation and hands it to both quantizers, so they cannot disagree. `weight` or `activation`
-    None leaves that operand rotated but not quantized. Raises ConfigError if K does not fit rotation, groups or pattern.
+    The layer owns the one rotation and hands it to both quantizers, so they cannot disagree. `weight` or
+    `activation` None leaves that operand rotated, not quantized. ConfigError if K fits no rotation, group or pattern.
     """
 
     def __init__(
