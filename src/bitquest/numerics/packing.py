@@ -4,6 +4,8 @@ Files store u = c + 2^(b−1) in [0, 2^b), least significant bit first: bit j of
 the row, and bit i of a row is bit (i mod 8) of its byte ⌊i/8⌋. Every row begins on a byte; spare bits are zero.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     half = 2 ** (bits - 1)
     if codes.numel() and (int(codes.min()) < -half or int(codes.max()) >= half):
         raise FormatError(f"codes from {int(codes.min())} to {int(codes.max())} do not fit {bits} bits")
-    rows = codes.reshape(-1, codes.shape[-1]) if codes.shape[-1] else codes.reshape(codes[..., :1].numel(), 0)
+    rows = codes.reshape(math.prod(codes.shape[:-1]), codes.shape[-1])
     length = rows.shape[-1]
     packed = torch.empty(rows.shape[0], packed_width(length, bits), dtype=torch.uint8, device=codes.device)
     lane = torch.arange(bits, dtype=torch.uint8, device=codes.device)
@@ -41,7 +43,7 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
         raise FormatError(
             f"{length} codes of {bits} bits take {packed_width(length, bits)} bytes a row, not {packed.shape[-1]}"
         )
-    rows = packed.reshape(-1, packed.shape[-1])
+    rows = packed.reshape(math.prod(packed.shape[:-1]), packed.shape[-1])
     codes = torch.empty(rows.shape[0], length, dtype=torch.int8, device=packed.device)
     lane = torch.arange(8, dtype=torch.uint8, device=packed.device)
     weight = 2 ** torch.arange(bits, dtype=torch.uint8, device=packed.device)
