@@ -1,0 +1,60 @@
+"""What metrics say about the machine: time spent in steps, memory, and what bit-identical resumption depends on."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+_MEBIBYTE = 2**20
+
+
+class StepClock:
+    """Seconds spent in training steps, without evaluation and saving; `lap` tells the time since the last lap."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._before = seconds
+        self._lap_before = 0.0
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, over all its sessions."""
+        return self._before + time.perf_counter() - self._started
+
+    def lap(self) -> float:
+        """Seconds since the last lap, and starts the next one."""
+        now = time.perf_counter()
+        seconds = self._lap_before + now - self._started
+        self._before, self._lap_before, self._started = self._before + now - self._started, 0.0, now
+        return seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what happens inside."""
+        ran = time.perf_counter() - self._started
+        self._before, self._lap_before = self._before + ran, self._lap_before + ran
+        try:
+            yield
+        finally:
+            self._started = time.perf_counter()
+
+
+def memory_mb(device: torch.device) -> float:
+    """MiB: the most a GPU's allocator has held in this process, or what this process has resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / _MEBIBYTE
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize() / _MEBIBYTE
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere
+    return peak / (_MEBIBYTE if sys.platform == "darwin" else 1024)
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """What floating-point results depend on besides the configuration."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": name}
