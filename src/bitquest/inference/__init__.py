@@ -1,1 +1,7 @@
-"""Running a packed model: key-value cache, sampling, the generation loop."""
+"""Running a model: key-value cache, sampling, text as it comes."""
+
+from bitquest.inference.engine import Speed, TextEngine, generate
+from bitquest.inference.kv_cache import KVCache
+from bitquest.inference.sampling import SamplingOptions, choose, probabilities
+
+__all__ = ["KVCache", "SamplingOptions", "Speed", "TextEngine", "choose", "generate", "probabilities"]

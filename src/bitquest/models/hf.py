@@ -1,4 +1,4 @@
-"""Hugging Face Llama checkpoints, both ways: config.json, model.safetensors (or shards with an index), tokenizer.json."""
+"""Hugging Face Llama checkpoints, both ways: config.json, safetensors (one file, or shards with an index), tokenizer."""
 
 import json
 import os

@@ -63,7 +63,7 @@ class Tokenizer:
         )
         backend.train_from_iterator(texts, trainer)
         backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
-        return Tokenizer(backend, backend.token_to_id(END_OF_TEXT))
+        return Tokenizer(backend, backend.get_vocab(with_added_tokens=True)[END_OF_TEXT])
 
     @staticmethod
     def from_file(path: str | os.PathLike[str]) -> "Tokenizer":

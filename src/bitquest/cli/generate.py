@@ -1,0 +1,56 @@
+"""`bitquest generate`: text from a packed model, streamed to the terminal."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitquest.cli.console import err, print_json_object
+
+
+def command(
+    directory: Annotated[Path, typer.Argument(help="A packed model (bitquest export) or a Hugging Face Llama folder.")],
+    prompt: Annotated[str, typer.Option(help="The beginning of the text; '-' reads it from standard input.")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="At most this many new tokens.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher is livelier.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens that reach this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    backend: Annotated[str, typer.Option(help="Which code runs the packed layers; see bitquest doctor.")] = "auto",
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object at the end instead of streaming.")
+    ] = False,
+) -> None:
+    """Write text with a packed model."""
+    from bitquest.inference import SamplingOptions, Speed, TextEngine
+
+    options = SamplingOptions(temperature, top_k, top_p, seed)
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    engine, speed = TextEngine.open(directory, backend), Speed()
+    pieces = []
+    if not json:
+        sys.stdout.write(prompt)
+    for piece in engine.write(prompt, max_tokens, options, speed):
+        pieces.append(piece)
+        if not json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    if json:
+        fields = {
+            "prompt": prompt,
+            "text": "".join(pieces),
+            "tokens": speed.tokens + 1,
+            "tokens_per_second": speed.tokens_per_second,
+            "prompt_tokens": speed.prompt_tokens,
+            "prompt_tokens_per_second": speed.prompt_tokens_per_second,
+        }
+        print_json_object("generate", fields)
+    else:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        err.print(
+            f"[dim]{speed.tokens_per_second:.1f} tokens/s "
+            f"(prompt of {speed.prompt_tokens} tokens: {speed.prompt_tokens_per_second:.0f} tokens/s)[/]"
+        )

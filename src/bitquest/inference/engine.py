@@ -1,0 +1,130 @@
+"""Text from a model: prefill the prompt, then one token at a time through the key-value cache."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bitquest.errors import CheckpointError, ConfigError, DataError
+from bitquest.export import load, read_tokenizer
+from bitquest.inference.kv_cache import KVCache
+from bitquest.inference.sampling import SamplingOptions, choose
+from bitquest.models import Llama, Tokenizer, load_hf
+
+
+@dataclass
+class Speed:
+    """Tokens and seconds of one generation, filled in as it runs."""
+
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoded tokens per second, the prompt's prefill not counted."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
+
+
+def generate(
+    model: Llama,
+    prompt_ids: list[int],
+    max_new_tokens: int,
+    options: SamplingOptions | None = None,
+    eos_id: int | None = None,
+    speed: Speed | None = None,
+) -> Iterator[int]:
+    """New token ids, one by one, until `max_new_tokens`, `eos_id` (not handed out) or the model's last position.
+
+    Raises DataError for an empty prompt, for ids the vocabulary has not, and for a prompt longer than the context.
+    """
+    options, speed = options or SamplingOptions(), speed or Speed()
+    context, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
+    if not prompt_ids:
+        raise DataError("the prompt has no tokens; begin with the end-of-document token to start from nothing")
+    if len(prompt_ids) > context:
+        raise DataError(f"the prompt has {len(prompt_ids)} tokens, the model {context} positions; shorten the prompt")
+    if min(prompt_ids) < 0 or max(prompt_ids) >= vocabulary:
+        raise DataError(f"the prompt has ids outside the model's vocabulary of {vocabulary}: wrong tokenizer?")
+    device = next(iter(model.buffers())).device
+    generator = torch.Generator().manual_seed(options.seed)
+    total = min(context, len(prompt_ids) + max_new_tokens)
+    cache = KVCache(model.config, positions=total, device=device)
+    fresh, started = torch.tensor([prompt_ids], device=device), time.perf_counter()
+    for number in range(total - len(prompt_ids) + (total == context and max_new_tokens > total - len(prompt_ids))):
+        with torch.no_grad():
+            logits_V = model(fresh, cache)[0, -1]
+        token = choose(logits_V, options, generator)
+        now = time.perf_counter()
+        if number == 0:
+            speed.prompt_tokens, speed.prompt_seconds = len(prompt_ids), now - started
+        else:
+            speed.tokens, speed.seconds = speed.tokens + 1, speed.seconds + now - started
+        if token == eos_id:
+            return
+        yield token
+        fresh, started = torch.tensor([[token]], device=device), time.perf_counter()
+
+
+class TextEngine:
+    """A model and its tokenizer, ready to write.
+
+    `open` takes a packed directory (bitquest export) or a Hugging Face Llama folder.
+    """
+
+    def __init__(self, model: Llama, tokenizer: Tokenizer) -> None:
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size} words and the model {model.config.vocab_size}: "
+                "they do not belong together"
+            )
+        self.model, self.tokenizer = model.eval(), tokenizer
+
+    @staticmethod
+    def open(folder: Path, backend: str = "auto") -> "TextEngine":
+        """Load a folder. Raises CheckpointError, saying what to do instead, for one that cannot write text."""
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is not a folder: expected a packed model (see bitquest export)")
+        if (folder / "checkpoints").is_dir() or (folder / "config.toml").is_file():
+            raise CheckpointError(
+                f"{folder} is a training run; pack it first: bitquest export {folder} --out {folder.name}-packed"
+            )
+        if (folder / "manifest.json").is_file() and (folder / "model.safetensors").is_file():
+            model, tokenizer = load(folder, backend=backend), read_tokenizer(folder)
+            if not isinstance(model, Llama):
+                raise CheckpointError(f"{folder} holds no Llama; load it in Python with bitquest.load(…, model=…)")
+            if tokenizer is None:
+                raise CheckpointError(f"{folder} has no tokenizer.json, so text cannot be turned into tokens")
+            return TextEngine(model, tokenizer)
+        if (folder / "config.json").is_file():
+            return TextEngine(load_hf(folder), Tokenizer.from_file(folder))
+        raise CheckpointError(f"{folder} is neither a packed model nor a Hugging Face Llama: it has no config.json")
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Ids of a prompt behind the token a document starts after: BOS if the tokenizer has one, else EOS."""
+        first = self.tokenizer.bos_id if self.tokenizer.bos_id is not None else self.tokenizer.eos_id
+        return [first, *self.tokenizer.encode(prompt)]
+
+    def write(
+        self, prompt: str, max_new_tokens: int, options: SamplingOptions | None = None, speed: Speed | None = None
+    ) -> Iterator[str]:
+        """Pieces of text after the prompt as they are completed; ends at the end of the document or the context."""
+        decoder, eos = self.tokenizer.stream_decoder(), self.tokenizer.eos_id
+        # The decoder sees the prompt's end as well: some tokenizers drop a leading space at the start of a text.
+        for token in self.tokenizer.encode(prompt):
+            decoder.push(token)
+        decoder.flush()
+        for token in generate(self.model, self.prompt_ids(prompt), max_new_tokens, options, eos, speed):
+            piece = decoder.push(token)
+            if piece:
+                yield piece
+        rest = decoder.flush()
+        if rest:
+            yield rest
