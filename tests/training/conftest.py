@@ -19,6 +19,11 @@ def write_text(path: Path, lines: int = 400) -> Path:
     return path
 
 
+@pytest.fixture(name="write_text", scope="session")
+def write_text_fixture() -> Callable[[Path, int], Path]:
+    return write_text
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")

@@ -19,6 +19,7 @@ from bitquest.training.toml import parse_value, read_toml, write_toml
 # The shape of the model as [model] may give it: every field of LlamaConfig.
 _MODEL_FIELDS = {spec.name: spec for spec in dataclasses.fields(LlamaConfig)}
 _MODEL_HINTS = typing.get_type_hints(LlamaConfig)
+_REQUIRED = [name for name, spec in _MODEL_FIELDS.items() if spec.default is dataclasses.MISSING]
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,13 @@ class ModelSection:
                 f"is {fields['max_position_embeddings']}, less than data.context = {context}: raise it, "
                 "or lower data.context",
             )
-        if self.preset is not None:
-            return LlamaConfig.preset(self.preset, **fields)
-        required = [
-            name
-            for name, spec in _MODEL_FIELDS.items()
-            if spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
-        ]
-        missing = [f"model.{name}" for name in required if name not in fields]
+        missing = [] if self.preset is not None else [f"model.{name}" for name in _REQUIRED if name not in fields]
         if missing:
             raise ConfigError(f"the model's shape is incomplete: set model.preset, or also {', '.join(missing)}")
-        return LlamaConfig(**fields)
+        try:
+            return LlamaConfig(**fields) if self.preset is None else LlamaConfig.preset(self.preset, **fields)
+        except ConfigError as error:
+            raise ConfigError(f"[model] {error}") from None
 
 
 @dataclass(frozen=True)

@@ -16,31 +16,30 @@ class StepClock:
     """Seconds spent in training steps, without evaluation and saving; `lap` tells the time since the last lap."""
 
     def __init__(self, seconds: float = 0.0) -> None:
-        self._before = seconds
-        self._lap_before = 0.0
-        self._started = time.perf_counter()
+        self._offset = seconds - time.perf_counter()
+        self._paused_at: float | None = None
+        self._lap_started = seconds
 
     @property
     def seconds(self) -> float:
         """Since the run began, over all its sessions."""
-        return self._before + time.perf_counter() - self._started
+        return self._offset + (time.perf_counter() if self._paused_at is None else self._paused_at)
 
     def lap(self) -> float:
         """Seconds since the last lap, and starts the next one."""
-        now = time.perf_counter()
-        seconds = self._lap_before + now - self._started
-        self._before, self._lap_before, self._started = self._before + now - self._started, 0.0, now
-        return seconds
+        now = self.seconds
+        started, self._lap_started = self._lap_started, now
+        return now - started
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave out what happens inside."""
-        ran = time.perf_counter() - self._started
-        self._before, self._lap_before = self._before + ran, self._lap_before + ran
+        self._paused_at = time.perf_counter()
         try:
             yield
         finally:
-            self._started = time.perf_counter()
+            self._offset -= time.perf_counter() - self._paused_at
+            self._paused_at = None
 
 
 def memory_mb(device: torch.device) -> float:

@@ -52,7 +52,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Ma
     for index, parameter in enumerate(order):
         name = names[id(parameter)]
         try:
-            state[index] = {moment: saved[f"{name}.{moment}"] for moment in _MOMENTS}
+            # copies: the optimizer would otherwise write into the saved tensors, which may be a mapped file
+            state[index] = {moment: saved[f"{name}.{moment}"].clone() for moment in _MOMENTS}
         except KeyError as error:
             raise CheckpointError(f"{where}: {error.args[0]} is missing") from None
         if state[index]["exp_avg"].shape != parameter.shape or state[index]["exp_avg_sq"].shape != parameter.shape:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from bitquest.errors import CheckpointError, ConfigError, UserError
+from bitquest.errors import CheckpointError, ConfigError, DataError, UserError
 from bitquest.models import Llama
 from bitquest.training.build import checkpoint_config, new_model, restored_model
 from bitquest.training.checkpoint import (
@@ -179,6 +179,9 @@ class _Session:
         self.device = choose_device(config.train.device)
         self.tokens = open_tokens(Path(config.data.path), "train")
         self.held_out = _held_out(config)
+        _check_length(self.tokens, "train", config)
+        if self.held_out is not None:
+            _check_length(self.held_out, "val", config)
         self.step = 0 if checkpoint is None else checkpoint.step
         self.resumed_from = None if checkpoint is None else checkpoint.step
         self.environment = environment(self.device)
@@ -254,6 +257,7 @@ class _Session:
                     self._emit(self._evaluate(), loggers, display)
             if saves:
                 with self.clock.paused():
+                    self.progress["seconds"] = self.clock.seconds
                     loggers.metrics.sync()
                     self._save()
         return _result(config, self.step, self._state(), interrupted=self.step < steps, resumed_from=self.resumed_from)
@@ -311,7 +315,6 @@ class _Session:
     def _state(self) -> dict[str, Any]:
         return {
             **self.progress,
-            "seconds": self.clock.seconds,
             "config": self.config.to_dict(),
             "model": self.model.config.to_json(),
             "data": {"manifest_sha256": _data_digest(self.config), "vocab_size": self.tokens.vocab_size},
@@ -338,6 +341,15 @@ def evaluate_split(
 
 def _held_out(config: TrainConfig) -> Tokens | None:
     return open_tokens(Path(config.data.path), "val")
+
+
+def _check_length(tokens: Tokens, split: str, config: TrainConfig) -> None:
+    needed = config.data.context + 1
+    if tokens.count < needed:
+        raise DataError(
+            f"{config.data.path}: the {split} split has {tokens.count} tokens, and one sequence needs {needed} "
+            f"(data.context + 1): lower data.context = {config.data.context}, or prepare more text"
+        )
 
 
 def _is_due(step: int, every: int, steps: int) -> bool:
