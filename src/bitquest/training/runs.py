@@ -106,11 +106,8 @@ def check_free(run_dir: Path) -> None:
     """Raise ConfigError if something that is no run stands where a new run should be written."""
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"{run_dir}: there is a file of this name; choose another directory with --out")
-    foreign = (
-        [e.name for e in run_dir.iterdir() if not e.name.startswith(".") and e.name != TOKENIZER]
-        if run_dir.is_dir()
-        else []
-    )
+    names = sorted(entry.name for entry in run_dir.iterdir()) if run_dir.is_dir() else []
+    foreign = [name for name in names if not name.startswith(".") and name != TOKENIZER]
     if foreign:
         raise ConfigError(
             f"{run_dir}: holds {foreign[0]} and no {CONFIG}, so it is not a run directory; choose another with --out"

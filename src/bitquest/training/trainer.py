@@ -158,7 +158,7 @@ def _surroundings(config: TrainConfig) -> Iterator[None]:
     device = choose_device(config.train.device)
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=True)  # a kernel without a deterministic form warns
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     try:
