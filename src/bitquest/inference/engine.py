@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from bitquest.errors import CheckpointError, ConfigError, DataError
-from bitquest.export import load, read_tokenizer
 from bitquest.inference.kv_cache import KVCache
 from bitquest.inference.sampling import SamplingOptions, choose
 from bitquest.models import Llama, Tokenizer, load_hf
@@ -22,6 +21,7 @@ class Speed:
     prompt_seconds: float = 0.0
     tokens: int = 0
     seconds: float = 0.0
+    stopped: str = ""  # what ended the text
 
     @property
     def tokens_per_second(self) -> float:
@@ -55,10 +55,10 @@ def generate(
         raise DataError(f"the prompt has ids outside the model's vocabulary of {vocabulary}: wrong tokenizer?")
     device = next(iter(model.buffers())).device
     generator = torch.Generator().manual_seed(options.seed)
-    total = min(context, len(prompt_ids) + max_new_tokens)
-    cache = KVCache(model.config, positions=total, device=device)
+    budget = min(max_new_tokens, context - len(prompt_ids) + 1)  # the last token needs no position: nothing follows it
+    cache = KVCache(model.config, positions=len(prompt_ids) + budget - 1, device=device)
     fresh, started = torch.tensor([prompt_ids], device=device), time.perf_counter()
-    for number in range(total - len(prompt_ids) + (total == context and max_new_tokens > total - len(prompt_ids))):
+    for number in range(budget):
         with torch.no_grad():
             logits_V = model(fresh, cache)[0, -1]
         token = choose(logits_V, options, generator)
@@ -68,9 +68,11 @@ def generate(
         else:
             speed.tokens, speed.seconds = speed.tokens + 1, speed.seconds + now - started
         if token == eos_id:
+            speed.stopped = "the end of the document"
             return
         yield token
         fresh, started = torch.tensor([[token]], device=device), time.perf_counter()
+    speed.stopped = "the number of tokens asked for" if budget == max_new_tokens else f"the context of {context} tokens"
 
 
 class TextEngine:
@@ -96,6 +98,8 @@ class TextEngine:
             raise CheckpointError(
                 f"{folder} is a training run; pack it first: bitquest export {folder} --out {folder.name}-packed"
             )
+        from bitquest.export import load, read_tokenizer
+
         if (folder / "manifest.json").is_file() and (folder / "model.safetensors").is_file():
             model, tokenizer = load(folder, backend=backend), read_tokenizer(folder)
             if not isinstance(model, Llama):
