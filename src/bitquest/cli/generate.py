@@ -42,6 +42,7 @@ def command(
             "prompt": prompt,
             "text": "".join(pieces),
             "tokens": speed.tokens + 1,
+            "stopped": speed.stopped,
             "tokens_per_second": speed.tokens_per_second,
             "prompt_tokens": speed.prompt_tokens,
             "prompt_tokens_per_second": speed.prompt_tokens_per_second,
@@ -52,5 +53,6 @@ def command(
         sys.stdout.flush()
         err.print(
             f"[dim]{speed.tokens_per_second:.1f} tokens/s "
-            f"(prompt of {speed.prompt_tokens} tokens: {speed.prompt_tokens_per_second:.0f} tokens/s)[/]"
+            f"(prompt of {speed.prompt_tokens} tokens: {speed.prompt_tokens_per_second:.0f} tokens/s); "
+            f"stopped at {speed.stopped}[/]"
         )

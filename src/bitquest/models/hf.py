@@ -1,4 +1,4 @@
-"""Hugging Face Llama checkpoints, both ways: config.json, safetensors (one file, or shards with an index), tokenizer."""
+"""Hugging Face Llama checkpoints, both ways: config.json, safetensors (one file or shards), tokenizer.json."""
 
 import json
 import os

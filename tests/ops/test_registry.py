@@ -1,0 +1,148 @@
+"""Every operator: opcheck, and equal to the definition in numerics, values and gradients."""
+
+import itertools
+
+import pytest
+import torch
+
+from bitquest import ops
+from bitquest.errors import ConfigError
+from bitquest.numerics import (
+    FP4,
+    BlockHadamard,
+    Clip,
+    CodebookGrid,
+    Learned,
+    NofM,
+    NoRotation,
+    PerGroup,
+    PerRow,
+    PerTensor,
+    Quantizer,
+    StraightThrough,
+    Trust,
+    UniformGrid,
+    encode,
+    fake_quantize,
+    integer_form,
+)
+from bitquest.ops.registry import (
+    encode_op,
+    fake_quantize_backward_op,
+    fake_quantize_op,
+    grid_text,
+    integer_linear_op,
+    quantizer_text,
+    rotate_op,
+    step_gradient_op,
+    weight_only_linear_op,
+)
+
+QUANTIZERS = [
+    Quantizer(UniformGrid(1), estimator=Clip(1.3)),
+    Quantizer(UniformGrid(4)),
+    Quantizer(UniformGrid(8), PerGroup(32)),
+    Quantizer(FP4, PerTensor(), estimator=Trust(0.5)),
+    Quantizer(UniformGrid(3), estimator=StraightThrough()),
+    Quantizer(UniformGrid(4), sparsity=NofM(2, 4, pair=True)),
+    Quantizer(UniformGrid(2), PerTensor(), Learned(), Clip(1.0)),
+    Quantizer(UniformGrid(2), PerRow(), Learned(), StraightThrough()),
+]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+@pytest.mark.parametrize("block", [1, 32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck_fake_quantize(quantizer: Quantizer, block: int, dtype: torch.dtype) -> None:
+    x = torch.randn(3, 64).to(dtype).requires_grad_()
+    step = None
+    if quantizer.is_learned:
+        step = encode(x.detach(), quantizer, NoRotation()).step.requires_grad_()
+    torch.library.opcheck(fake_quantize_op, (x, step, quantizer_text(quantizer), block))
+
+
+def test_opcheck_the_others() -> None:
+    x, mask = torch.randn(3, 64), torch.rand(3, 64) > 0.2
+    torch.library.opcheck(fake_quantize_backward_op, (x, mask, 32))
+    torch.library.opcheck(fake_quantize_backward_op, (x, torch.empty(0, dtype=torch.bool), 1))
+    torch.library.opcheck(rotate_op, (x.clone().requires_grad_(), 64))
+    learned = Quantizer(UniformGrid(2), PerRow(), Learned())
+    torch.library.opcheck(step_gradient_op, (x, torch.randn(3, 64), torch.ones(3, 1), quantizer_text(learned)))
+    for quantizer, step in itertools.product([Quantizer(), Quantizer(UniformGrid(8), PerGroup(32))], [None]):
+        torch.library.opcheck(encode_op, (x, step, quantizer_text(quantizer), 32))
+    torch.library.opcheck(encode_op, (x, torch.ones(1, 1), quantizer_text(Quantizer(granularity=PerTensor())), 1))
+    grid = UniformGrid(8)
+    a, w = encode(x, Quantizer(grid), NoRotation()), encode(torch.randn(5, 64), Quantizer(FP4), NoRotation())
+    form = integer_form(FP4)
+    assert form is not None
+    factors = form.of_codes(w.codes)
+    torch.library.opcheck(integer_linear_op, (a.codes, a.step, factors, w.step, grid_text(grid), grid_text(FP4)))
+    torch.library.opcheck(weight_only_linear_op, (x, factors, w.step, grid_text(FP4)))
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+@pytest.mark.parametrize("rotation", [NoRotation(), BlockHadamard()], ids=str)
+@pytest.mark.parametrize("width", [64, 96, 288])
+def test_operator_is_the_definition(quantizer: Quantizer, rotation: object, width: int) -> None:
+    results = []
+    for function in (fake_quantize, ops.fake_quantize):
+        x = torch.randn(5, width, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        step = None
+        if quantizer.is_learned:
+            step = encode(x.detach(), quantizer, rotation).step.requires_grad_()  # type: ignore[arg-type]
+        y = function(x, quantizer, rotation, step)  # type: ignore[arg-type]
+        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)))
+        results.append((y.detach(), x.grad, None if step is None else step.grad))
+    for reference, operator in zip(*results, strict=True):
+        assert (reference is None) == (operator is None)
+        if reference is not None and operator is not None:
+            assert torch.equal(reference, operator)
+
+
+def test_results_are_written_in_full() -> None:
+    """Memory that comes poisoned must not show through."""
+    x = torch.randn(4, 64)
+    clean = [ops.fake_quantize(x, quantizer, BlockHadamard()) for quantizer in QUANTIZERS]
+    with _poisoned():
+        dirty = [ops.fake_quantize(x, quantizer, BlockHadamard()) for quantizer in QUANTIZERS]
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+
+
+class _poisoned:
+    """torch.empty gives NaN (largest integers) while deterministic algorithms are on."""
+
+    def __enter__(self) -> None:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        assert bool(torch.empty(3).isnan().all())
+
+    def __exit__(self, *_: object) -> None:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_gradient_arrives_for_non_contiguous_gradients() -> None:
+    x = torch.randn(6, 64, requires_grad=True)
+    y = ops.fake_quantize(x, Quantizer(), BlockHadamard())
+    y.t().sum(0).sum().backward()
+    assert x.grad is not None
+    assert bool(x.grad.isfinite().all())
+
+
+def test_backends() -> None:
+    assert ops.resolve_backend("auto") == ops.Backend.TORCH
+    assert ops.resolve_backend("torch") is ops.Backend.TORCH
+    with pytest.raises(ConfigError, match="unknown backend 'cuda'"):
+        ops.resolve_backend("cuda")
+    assert [report.name for report in ops.backend_report() if report.available] == ["torch"]
+
+
+def test_an_unavailable_backend_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = (ops.BackendReport("torch", False, "a reason"),)
+    monkeypatch.setattr("bitquest.ops.backend.backend_report", lambda: report)
+    with pytest.raises(ConfigError, match="a reason"):
+        ops.resolve_backend("torch")
+
+
+def test_a_codebook_without_integers_is_no_business_of_the_integer_operators() -> None:
+    assert integer_form(CodebookGrid("x", (-1.0, 0.3))) is None
