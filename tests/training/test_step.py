@@ -145,6 +145,7 @@ def test_a_gpu_without_bf16_is_refused(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its own compiler
 @pytest.mark.parametrize("scheme", ["none", "w1a1"])
 def test_compiled_steps_follow_the_uncompiled_ones(scheme):
     plain, compiled = stepper(model_of(scheme), accumulation=2), stepper(model_of(scheme), accumulation=2, compile=True)
