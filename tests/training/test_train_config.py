@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from bitquest.errors import ConfigError
+from bitquest.nn import Scheme
+from bitquest.numerics import Learned, PerTensor, Quantizer
 from bitquest.training.config import DataSection, TrainConfig, TrainSection, differing_keys, known_keys, load_config
 from bitquest.training.toml import write_toml
 
@@ -163,6 +165,14 @@ def test_parts_built_in_python_are_checked_too():
     config = TrainConfig(data=DataSection(path="d"))
     with pytest.raises(ConfigError, match="seed must be a whole number"):
         dataclasses.replace(config, seed="1")
+
+
+def test_a_learned_activation_step_is_not_compiled():
+    learned = Quantizer(granularity=PerTensor(), scale=Learned())
+    scheme = str(Scheme(weight=Quantizer(), activation=learned))
+    assert TrainConfig(scheme=scheme).scheme == scheme
+    with pytest.raises(ConfigError, match=r"train\.compile = true does not go with a learned activation step"):
+        TrainConfig(scheme=scheme, train=TrainSection(compile=True))
 
 
 def test_the_shape_must_fit_the_data():

@@ -196,9 +196,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_settings("", self)
         try:
-            object.__setattr__(self, "scheme", str(Scheme.parse(self.scheme)))
+            scheme = Scheme.parse(self.scheme)
         except ConfigError as error:
             raise SettingError("scheme", f"= {self.scheme!r}: {error}") from None
+        object.__setattr__(self, "scheme", str(scheme))
+        if self.train.compile and scheme.activation is not None and scheme.activation.is_learned:
+            # it starts from the first input, a decision on data that a compiled graph cannot contain
+            raise SettingError("train.compile", "= true does not go with a learned activation step: set it to false")
 
     @staticmethod
     def from_dict(tables: Mapping[str, Any]) -> "TrainConfig":
