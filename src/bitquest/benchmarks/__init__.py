@@ -1,1 +1,1 @@
-"""What `bitquest bench` runs."""
+"""What `bitquest bench` runs. Scripts and committed results live in the top-level benchmarks/."""

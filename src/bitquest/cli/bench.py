@@ -1,0 +1,61 @@
+"""`bitquest bench`: measurements that take turns in one run and report ratios."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import Progress
+from rich.table import Table
+
+from bitquest.cli.console import err, print_json_object
+
+app = typer.Typer(help="Measure, alternating in one run; ratios of medians and minima.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `train-step` a subcommand while it is the only one."""
+
+
+@app.command("train-step")
+def train_step(
+    schemes: Annotated[str, typer.Option(help="Comma-separated; the first is the baseline.")] = "none,w4a4,w1a1",
+    width: Annotated[int, typer.Option(min=64, help="Model width, a multiple of 64.")] = 256,
+    layers: Annotated[int, typer.Option(min=1)] = 4,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 16,
+    context: Annotated[int, typer.Option(min=1, help="Bytes a sequence.")] = 256,
+    repetitions: Annotated[int, typer.Option(min=1)] = 10,
+    threads: Annotated[int, typer.Option(min=0, help="0: as many as torch takes.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Also write the result, with date and hardware, here.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """A whole float32 training step, optimizer included, at several schemes."""
+    import torch
+
+    from bitquest.benchmarks.hardware import describe
+    from bitquest.benchmarks.results import write_result
+    from bitquest.benchmarks.train_step import StepShape, compare_train_step
+
+    if threads:
+        torch.set_num_threads(threads)
+    names, shape = [name.strip() for name in schemes.split(",")], StepShape(width, layers, batch, context)
+    with Progress(console=err, transient=True) as progress:
+        task = progress.add_task("measuring", total=len(names) * (repetitions + 2))
+        result = compare_train_step(names, shape, repetitions, lambda: progress.advance(task)).to_json()
+    command = (
+        f"bitquest bench train-step --schemes {','.join(names)} --width {width} --layers {layers} --batch {batch} "
+        f"--context {context} --repetitions {repetitions}"
+    )
+    if out is not None:
+        write_result(out, command, result)
+    if json:
+        print_json_object("bench train-step", {"hardware": describe(), **result})
+        return
+    table = Table(title=f"training step, width {width}, {layers} blocks, {batch}×{context} bytes, float32")
+    for heading in ("scheme", "median s", "minimum s", "ratio of medians", "of minima", "target"):
+        table.add_column(heading, justify="left" if heading == "scheme" else "right")
+    for name, row in result["schemes"].items():
+        target = f"≤ {row['target']}" if row["target"] else ""
+        cells = (f"{row['median_seconds']:.3f}", f"{row['minimum_seconds']:.3f}")
+        table.add_row(name, *cells, f"{row['ratio_of_medians']:.2f}", f"{row['ratio_of_minima']:.2f}", target)
+    err.print(table)

@@ -1,0 +1,256 @@
+"""From text files to a folder of tokens: survey, tokenizer, shards, manifest; memory bounded whatever the size."""
+
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitquest.errors import DataError
+from bitquest.models import Tokenizer
+from bitquest.training.files import remove_folder, sync, write_json
+from bitquest.training.readers import Piece, find_inputs, pieces
+from bitquest.training.shards import (
+    FORMAT,
+    MANIFEST,
+    TOKENIZER,
+    VERSION,
+    SplitWriter,
+    dtype_for,
+    manifest_digest,
+    read_manifest,
+)
+
+Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
+
+# With fewer documents the end of the text is held out, otherwise whole documents.
+_FEW_DOCUMENTS = 20
+_BATCH_CHARACTERS = 2 << 20
+_BPE_SAMPLE_CHARACTERS = 50 << 20
+_SHARD_TOKENS = 1 << 26
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What a first look at the inputs found: sizes of the text, nothing of it kept."""
+
+    documents: int
+    utf8_bytes: int
+    file_bytes: int
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Which text is for validation: whole documents by number, or everything from a byte of the whole on."""
+
+    documents: frozenset[int] = frozenset()
+    from_byte: int | None = None
+
+
+def make_tokenizer(name: str, texts: Callable[[], Iterator[str]]) -> Tokenizer:
+    """The tokenizer that --tokenizer names: "byte", "bpe:SIZE" trained on the texts, or a file or folder.
+
+    Raises DataError saying what is possible.
+    """
+    if name in ("byte", "bytes"):
+        return Tokenizer.byte_level()
+    if name.startswith("bpe:"):
+        size = name.removeprefix("bpe:")
+        if not size.isdecimal():
+            raise DataError(f"--tokenizer {name}: write bpe: and the size of the vocabulary, for example bpe:4096")
+        return Tokenizer.train_bpe(texts(), int(size))
+    if not Path(name).exists():
+        raise DataError(f"--tokenizer {name}: neither 'byte' nor 'bpe:SIZE' nor a tokenizer.json or folder that exists")
+    return Tokenizer.from_file(name)
+
+
+def prepare(
+    inputs: Sequence[Path | str],
+    tokenizer: str,
+    out: Path | str,
+    *,
+    val_inputs: Sequence[Path | str] = (),
+    val_fraction: float = 0.01,
+    text_field: str = "text",
+    seed: int = 0,
+    overwrite: bool = False,
+    shard_tokens: int = _SHARD_TOKENS,
+    progress: Progress | None = None,
+) -> Path:
+    """Tokenize text files into the folder `out`; returns it. The same inputs give the same bytes.
+
+    Held out for validation are `val_inputs` if given; else documents drawn with `seed`, about val_fraction of them;
+    else, with fewer than 20 documents, the last val_fraction of the text. Everything is written beside `out` and
+    renamed when complete. Raises DataError naming file and line, and for an `out` that exists without `overwrite`.
+    """
+    out, report = Path(out), progress or (lambda stage, done, total: None)
+    if not 0 < val_fraction < 1:
+        raise DataError(f"--val-fraction must lie between 0 and 1, not {val_fraction}")
+    _check_out(out, overwrite)
+    files, val_files = find_inputs([Path(p) for p in inputs]), find_inputs([Path(p) for p in val_inputs])
+    survey = _survey(files, text_field, report)
+    if val_files:
+        _survey(val_files, text_field, report)
+    held_out = _HeldOut() if val_files else _choose(survey, val_fraction, seed)
+    made = make_tokenizer(tokenizer, lambda: _sample(files, text_field, survey, held_out))
+    aside = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)  # what an interrupted start left
+    aside.mkdir(parents=True)
+    try:
+        splits = {s: SplitWriter(aside, s, dtype_for(made.vocab_size), shard_tokens) for s in ("train", "val")}
+        _tokenize(files, text_field, made, splits, held_out, "train", report)
+        if val_files:
+            _tokenize(val_files, text_field, made, splits, _HeldOut(), "val", report)
+        for name, writer in splits.items():
+            writer.close()
+            if not writer.tokens:
+                raise DataError(f"no text is left for the {name} split: give more text, or another --val-fraction")
+        made.save(aside / TOKENIZER)
+        fields: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "dtype": dtype_for(made.vocab_size),
+            "vocab_size": made.vocab_size,
+            "eos_id": made.eos_id,
+            "tokenizer_sha256": made.sha256,
+            "splits": {name: writer.shards for name, writer in splits.items()},
+        }
+        write_json(aside / MANIFEST, {**fields, "digest": manifest_digest(fields)})
+        sync(aside)
+        if out.exists():
+            remove_folder(out)
+        os.replace(aside, out)
+        sync(out.parent.absolute())
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise DataError(f"{out}: could not be written: {error.strerror or error}; nothing was kept") from error
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return out
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise DataError(f"{out}: there is a file of this name; choose another --out")
+    if not any(out.iterdir()):
+        return
+    if not (out / MANIFEST).is_file():
+        raise DataError(f"{out}: this folder holds something else than prepared data; choose another --out")
+    if not overwrite:
+        raise DataError(f"{out}: holds prepared data already; add --overwrite to replace it, or choose another --out")
+    # Only what this program wrote is ever removed.
+    try:
+        read_manifest(out)
+    except DataError:
+        if '"bitquest-data"' not in (out / MANIFEST).read_text(encoding="utf-8", errors="replace"):
+            raise
+
+
+def _survey(files: list[Path], text_field: str, report: Progress) -> _Survey:
+    """Read everything once: every later pass knows what to expect, and mistakes show before any work is done."""
+    total, done, documents, size = sum(f.stat().st_size for f in files), 0, 0, 0
+
+    def count(read: int) -> None:
+        nonlocal done
+        done += read
+        report("looking", done, total)
+
+    for file in files:
+        visible = False
+        for piece in pieces(file, text_field, count):
+            visible = visible or bool(piece.text.strip())
+            documents += piece.ends
+            size += len(piece.text.encode())
+        if not visible:
+            what = "is empty" if file.stat().st_size == 0 else "has no text, only blanks"
+            raise DataError(f"{file}: {what}; leave it out")
+    return _Survey(documents, size, total)
+
+
+def _choose(survey: _Survey, fraction: float, seed: int) -> _HeldOut:
+    if survey.documents >= _FEW_DOCUMENTS:
+        count = min(max(1, round(fraction * survey.documents)), survey.documents - 1)
+        return _HeldOut(frozenset(random.Random(seed).sample(range(survey.documents), count)))
+    return _HeldOut(from_byte=survey.utf8_bytes - max(1, round(fraction * survey.utf8_bytes)))
+
+
+def _labelled(
+    files: list[Path], text_field: str, held_out: _HeldOut, on_read: Any = None
+) -> Iterator[tuple[Piece, bool]]:
+    """All pieces in order, each with whether it is held out; a piece that lies across the border is cut there."""
+    number = position = 0
+    for file in files:
+        for piece in pieces(file, text_field, on_read):
+            border, size = held_out.from_byte, len(piece.text.encode())
+            if border is not None and position < border < position + size:
+                head, tail = _cut(piece.text, border - position)
+                yield Piece(head, ends=True), False
+                if tail:
+                    yield Piece(tail, piece.ends), True
+            else:
+                yield piece, number in held_out.documents or (border is not None and position >= border)
+            number += piece.ends
+            position += size
+
+
+def _cut(text: str, byte: int) -> tuple[str, str]:
+    """Cut near a byte: behind the next line break, or at the character there."""
+    place = len(text.encode()[:byte].decode(errors="ignore"))
+    line_end = text.find("\n", place, place + 4096) + 1
+    place = line_end if 0 < line_end < len(text) else place
+    return text[:place], text[place:]
+
+
+def _sample(files: list[Path], text_field: str, survey: _Survey, held_out: _HeldOut) -> Iterator[str]:
+    """Training text for a tokenizer: all of it, or every n-th piece up to about 50 million characters."""
+    every = -(-survey.utf8_bytes // _BPE_SAMPLE_CHARACTERS)
+    for number, (piece, is_held_out) in enumerate(_labelled(files, text_field, held_out)):
+        if not is_held_out and number % every == 0:
+            yield piece.text
+
+
+def _tokenize(
+    files: list[Path],
+    text_field: str,
+    tokenizer: Tokenizer,
+    splits: dict[str, SplitWriter],
+    held_out: _HeldOut,
+    split: str,
+    report: Progress,
+) -> None:
+    total, done = sum(f.stat().st_size for f in files), 0
+
+    def count(read: int) -> None:
+        nonlocal done
+        done += read
+        report("tokenizing", done, total)
+
+    batch: list[tuple[Piece, bool]] = []
+    characters = 0
+    for piece, is_held_out in _labelled(files, text_field, held_out, count):
+        batch.append((piece, is_held_out))
+        characters += len(piece.text)
+        if characters >= _BATCH_CHARACTERS:
+            _write(batch, tokenizer, splits, split)
+            batch, characters = [], 0
+    _write(batch, tokenizer, splits, split)
+
+
+def _write(batch: list[tuple[Piece, bool]], tokenizer: Tokenizer, splits: dict[str, SplitWriter], split: str) -> None:
+    for (piece, is_held_out), ids in zip(batch, _encode(tokenizer, [p.text for p, _ in batch]), strict=True):
+        if piece.ends:
+            ids = np.append(ids, tokenizer.eos_id)
+        splits["val" if is_held_out else split].write(ids, len(piece.text.encode()), int(piece.ends))
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    if tokenizer.is_byte_level:  # ids are the bytes: no need to look anything up
+        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16) for text in texts]
+    return [np.asarray(ids, dtype=np.uint32) for ids in tokenizer.encode_batch(texts)]
