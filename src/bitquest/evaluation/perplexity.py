@@ -1,7 +1,7 @@
 """Perplexity and bits per byte of a text: every token predicted exactly once.
 
-The stream is EOS, then each document followed by EOS, as in training. It is cut into windows of the model's context that
-do not overlap: a window's first token is the last one of the window before, so each token after the leading EOS is
+The stream is EOS, then each document followed by EOS, as in training. It is cut into windows of the model's context
+that do not overlap: a window's first token is the last one of the window before, so each token after the leading EOS is
 predicted once, with what stands before it in its window. The last window is as short as it must be.
 
 Bits per byte = summed nats / ln 2 / UTF-8 bytes of the text. The cost of each EOS is in the nats, for a text must end;
