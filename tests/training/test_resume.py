@@ -70,6 +70,22 @@ def test_stopped_twice_is_bit_identical_to_never(make_config, tmp_path, changes)
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
 
+def test_the_random_generator_goes_on_too(make_config, tmp_path):
+    """Nothing in the trainer draws from it, but a model with dropout would."""
+    config, drawn = make_config(), {"straight": [], "stopped": []}
+
+    def draw(name, stop):
+        drawn[name].append(torch.rand(1).item())
+        return len(drawn[name]) == stop
+
+    train(config, tmp_path / "straight", should_stop=lambda: draw("straight", None))
+    train(config, tmp_path / "stopped", should_stop=lambda: draw("stopped", 6))
+    train(config, tmp_path / "stopped", should_stop=lambda: draw("stopped", None))
+    assert drawn["straight"] == drawn["stopped"]
+    assert len(set(drawn["straight"])) == 12
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+
+
 def test_a_different_run_would_be_noticed(make_config, tmp_path):
     train(make_config(), tmp_path / "one")
     train(make_config(optimizer={"lr": 1.0000001e-2}), tmp_path / "two")
@@ -151,7 +167,7 @@ def test_other_data_under_the_same_path_is_refused_and_moved_data_is_not(make_co
 
 
 def test_a_changed_machine_is_told(make_config, tmp_path):
-    config, run = make_config(), tmp_path / "run"
+    config, run = make_config(train={"steps": 4}), tmp_path / "run"
     stop_after(3, config, run)
     notices = []
 

@@ -122,7 +122,7 @@ def test_the_callers_generator_and_threads_are_left_alone(make_config, tmp_path)
     expected = torch.rand(3)
     torch.manual_seed(5)
     threads = torch.get_num_threads()
-    train(make_config(train={"threads": threads + 1}), tmp_path / "run")
+    train(make_config(train={"threads": threads + 1, "steps": 2}), tmp_path / "run")
     assert torch.equal(torch.rand(3), expected)
     assert torch.get_num_threads() == threads
     assert read_checkpoint(tmp_path / "run").state["environment"]["threads"] == threads + 1
@@ -261,6 +261,23 @@ def test_relative_paths_are_recorded_absolute(make_config, data_dir, tmp_path, m
     assert load_config(tmp_path / "run" / "config.toml").data.path == str(data_dir)
     monkeypatch.chdir(tmp_path)
     assert train(make_config(), tmp_path / "run").finished
+
+
+def test_each_step_takes_its_own_batch_of_the_data(make_config, tmp_path, monkeypatch):
+    real, seen = Stepper.step, []
+
+    def watched(self, windows, lr, *, record):
+        seen.append(windows)
+        return real(self, windows, lr, record=record)
+
+    monkeypatch.setattr(Stepper, "step", watched)
+    config = make_config()
+    stop_at_4(config, tmp_path / "run")
+    train(config, tmp_path / "run")
+    tokens = open_tokens(config.data.path, "train")
+    assert len(seen) == 12
+    for step, windows in enumerate(seen):
+        assert torch.equal(windows, tokens.batch(3, step, 4, 16))
 
 
 def test_metrics_are_plain_json(make_config, tmp_path):

@@ -178,10 +178,9 @@ class _Session:
         require_loggers(config.log)
         self.device = choose_device(config.train.device)
         self.tokens = open_tokens(Path(config.data.path), "train")
-        self.held_out = _held_out(config)
+        self.held_out = open_tokens(Path(config.data.path), "val")
         _check_length(self.tokens, "train", config)
-        if self.held_out is not None:
-            _check_length(self.held_out, "val", config)
+        _check_length(self.held_out, "val", config)
         self.step = 0 if checkpoint is None else checkpoint.step
         self.resumed_from = None if checkpoint is None else checkpoint.step
         self.environment = environment(self.device)
@@ -237,7 +236,7 @@ class _Session:
         while self.step < steps and not stopping:
             step = self.step + 1
             logs = step % config.log.every == 0 or step in (1, steps)
-            evaluates = self.held_out is not None and _is_due(step, config.evaluate.every, steps)
+            evaluates = _is_due(step, config.evaluate.every, steps)
             lr = config.optimizer.lr * learning_rate_share(config.schedule, step, steps)
             windows = self.tokens.batch(config.seed, step - 1, config.train.batch_size, config.data.context)
             result = self.stepper.step(windows.to(self.device), lr, record=logs)
@@ -282,7 +281,6 @@ class _Session:
         }
 
     def _evaluate(self) -> Record:
-        assert self.held_out is not None
         loss = evaluate_split(self.model, self.held_out, self.config, self.device, self.stepper.precision)
         if not math.isfinite(loss.loss):
             raise DivergenceError(self._diverged(self.step, f"the validation loss is {loss.loss}"))
@@ -337,10 +335,6 @@ def evaluate_split(
     batch_size = config.train.batch_size // config.train.accumulation
     windows = tokens.windows(config.data.context, batch_size, limit=config.evaluate.batches or None)
     return held_out_loss(model, windows, device, autocast(device, precision))
-
-
-def _held_out(config: TrainConfig) -> Tokens | None:
-    return open_tokens(Path(config.data.path), "val")
 
 
 def _check_length(tokens: Tokens, split: str, config: TrainConfig) -> None:
