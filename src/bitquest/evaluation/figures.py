@@ -6,11 +6,13 @@ drawing serves light and dark pages. Lines are labelled where they end; no legen
 
 import io
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 from bitquest.errors import MissingExtraError
+from bitquest.evaluation.report_page import printable
 from bitquest.evaluation.runs import CurvePoint, RunSummary, grouped, mean
 
 SERIES = 9
@@ -85,7 +87,7 @@ def size_against_loss(runs: Sequence[RunSummary], baselines: Mapping[str, float]
         for name, bits in (baselines or {}).items():
             axes.axhline(bits, color=_MUTED, lw=1, ls=(0, (4, 3)))
             axes.annotate(
-                f"{name}  {bits:.3f}", (1, bits), xycoords=("axes fraction", "data"), xytext=(-2, 4),
+                f"{_short(name)}  {bits:.3f}", (1, bits), xycoords=("axes fraction", "data"), xytext=(-2, 4),
                 textcoords="offset points", ha="right", color=_MUTED, fontsize=9.5,
             )  # fmt: skip
         for cluster in _clusters(groups):
@@ -225,6 +227,8 @@ def _height(axes: Any) -> float:
 
 
 def _short(name: str) -> str:
+    """A name that fits beside a chart."""
+    name = printable(name)
     return name if len(name) <= 28 else name[:27] + "…"
 
 
@@ -245,7 +249,7 @@ def _axes(
     import matplotlib
     from matplotlib.figure import Figure
 
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none", "text.parse_math": False, "font.size": 10.5, "axes.labelsize": 10.5,
         "text.color": _INK, "axes.labelcolor": _MUTED, "xtick.color": _MUTED, "ytick.color": _MUTED,
         "axes.edgecolor": _GRID, "grid.color": _GRID, "axes.unicode_minus": True,
@@ -263,18 +267,24 @@ def _axes(
         yield figure, axes
 
 
+def _family(match: re.Match[str]) -> str:
+    return "font-family: var(--sans)" if match[0].startswith("font-family") else "var(--sans)"
+
+
 def _svg(figure: Any, prefix: str, label: str) -> str:
     """The figure as an <svg> element for an HTML page: no prolog, no metadata, own ids, colours and fonts by CSS."""
     file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the page has fonts of its own
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg)
     svg = re.sub(r'<svg\b[^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{label}">', svg, count=1)
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", svg)
-    svg = re.sub(r"(font: [^;\"]*?px) '[^;\"]*", r"\1 var(--sans)", svg)
+    svg = re.sub(r"font-family: [^;\"]*|(?<=px )'[^;\"]*(?=[;\"])", _family, svg)  # as a property, or inside `font:`
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return svg.strip()

@@ -54,7 +54,7 @@ def write_report(
             "Size against loss",
             html.figure(
                 size_against_loss(runs, baselines),
-                "Lower and further left is better. Sizes are of the packed model on disk, in units of 10⁶ bytes.",
+                "Lower and further left is better. Sizes are of all tensors of the packed model; 1 MB is 10⁶ bytes.",
             ),
         ),
         html.section(
@@ -62,7 +62,9 @@ def write_report(
             *(html.sample(run.name, _about(run), run.prompt, run.sample) for run in runs if run.sample is not None),
         ),
         html.section("Configuration", *_configuration(runs)),
-        html.section("Do it again", html.commands(commands), html.facts("Environment", environment() | (facts or {}))),
+        html.section(
+            "Do it again", html.commands(commands), html.facts("Environment", environment() | dict(facts or {}))
+        ),
     ]
     _write(path, html.page(title, summary, sections))
     return path
@@ -147,7 +149,7 @@ def _value(value: Any) -> str:
 def _curves_caption(runs: Sequence[RunSummary]) -> str:
     seeds = max((len(group) for group in grouped(list(runs)).values()), default=0)
     several = f", the mean over up to {seeds} seeds" if seeds > 1 else ""
-    return f"Marks: validation loss{several}. Thin lines: training loss, smoothed. The first steps may lie above the chart."
+    return f"Marks: validation loss{several}. Thin lines: training loss, smoothed. The first steps may lie outside."
 
 
 def _about(run: RunSummary) -> str:

@@ -23,9 +23,14 @@ class Table:
     note: str = ""
 
 
+def printable(text: object) -> str:
+    """Text with U+FFFD for what HTML and SVG have no place for: control characters and lone surrogates."""
+    return _CONTROL.sub("\ufffd", str(text))
+
+
 def escape(text: object) -> str:
-    """Text for HTML, also inside quotes; control characters, which HTML has no place for, become U+FFFD."""
-    return html.escape(_CONTROL.sub("\ufffd", str(text)), quote=True)
+    """Printable text for HTML, also inside quotes."""
+    return html.escape(printable(text), quote=True)
 
 
 def page(title: str, summary: str, sections: Sequence[str]) -> str:
@@ -142,6 +147,7 @@ td.bad { color: var(--bad); font-weight: 600; }
 .note, figcaption { color: var(--muted); font-size: 0.88rem; margin: 0.6rem 0 0; max-width: 46rem; }
 figure { margin: 0 0 2.5rem; }
 figure svg { display: block; width: 100%; min-width: 36rem; height: auto; }
+figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 .sample { margin: 0 0 2rem; }
 blockquote { margin: 0; padding: 1.25rem 1.5rem; background: var(--panel); border-radius: 0.4rem;
   font: 1.06rem/1.65 var(--serif); white-space: pre-wrap; overflow-wrap: anywhere; }
