@@ -39,7 +39,7 @@ def train_step(
     if threads:
         torch.set_num_threads(threads)
     names, shape = [name.strip() for name in schemes.split(",")], StepShape(width, layers, batch, context)
-    with Progress(console=err, transient=True) as progress:
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("measuring", total=len(names) * (repetitions + 2))
         result = compare_train_step(names, shape, repetitions, lambda: progress.advance(task)).to_json()
     command = (

@@ -30,7 +30,7 @@ Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
 # With fewer documents the end of the text is held out, otherwise whole documents.
 _FEW_DOCUMENTS = 20
 _BATCH_CHARACTERS = 2 << 20
-_BPE_SAMPLE_CHARACTERS = 50 << 20
+_BPE_SAMPLE_CHARACTERS = 20 << 20
 _SHARD_TOKENS = 1 << 26
 
 
@@ -100,8 +100,8 @@ def prepare(
     aside = out.with_name(f".{out.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)  # what an interrupted start left
     aside.mkdir(parents=True)
+    splits = {s: SplitWriter(aside, s, dtype_for(made.vocab_size), shard_tokens) for s in ("train", "val")}
     try:
-        splits = {s: SplitWriter(aside, s, dtype_for(made.vocab_size), shard_tokens) for s in ("train", "val")}
         _tokenize(files, text_field, made, splits, held_out, "train", report)
         if val_files:
             _tokenize(val_files, text_field, made, splits, _HeldOut(), "val", report)
@@ -126,11 +126,11 @@ def prepare(
         os.replace(aside, out)
         sync(out.parent.absolute())
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise DataError(f"{out}: could not be written: {error.strerror or error}; nothing was kept") from error
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    finally:
+        for writer in splits.values():
+            writer.abandon()
+        shutil.rmtree(aside, ignore_errors=True)  # gone already where all went well
     return out
 
 
@@ -209,7 +209,7 @@ def _cut(text: str, byte: int) -> tuple[str, str]:
 
 
 def _sample(files: list[Path], text_field: str, survey: _Survey, held_out: _HeldOut) -> Iterator[str]:
-    """Training text for a tokenizer: all of it, or every n-th piece up to about 50 million characters."""
+    """Training text for a tokenizer: all of it, or every n-th piece up to about 20 million characters."""
     every = -(-survey.utf8_bytes // _BPE_SAMPLE_CHARACTERS)
     for number, (piece, is_held_out) in enumerate(_labelled(files, text_field, held_out)):
         if not is_held_out and number % every == 0:

@@ -56,6 +56,12 @@ class SplitWriter:
         self._file, self._hash = (self._folder / name).open("wb"), hashlib.sha256()
         self.shards.append({"file": name, "tokens": 0, "utf8_bytes": 0, "documents": 0})
 
+    def abandon(self) -> None:
+        """Let go of an unfinished shard; what was written of it means nothing."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
     def close(self) -> None:
         """Finish the open shard: on the disk, its digest known."""
         if self._file is not None:
