@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitquest.training import prepare
+from bitquest.training import load_config, prepare, train
 from bitquest.training.checkpoint import list_steps, read_checkpoint
 from bitquest.training.loggers import read_metrics
 
@@ -48,13 +48,26 @@ every = 1
 """
 
 
+def fill(folder):
+    (folder / "text.txt").write_text("one and two and three are six.\n" * 300)
+    prepare([folder / "text.txt"], "byte", folder / "data", val_fraction=0.2)
+    (folder / "small.toml").write_text(CONFIG.format(steps=30))
+    (folder / "long.toml").write_text(CONFIG.format(steps=200))
+
+
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "text.txt").write_text("one and two and three are six.\n" * 300)
-    prepare([tmp_path / "text.txt"], "byte", tmp_path / "data", val_fraction=0.2)
-    (tmp_path / "small.toml").write_text(CONFIG.format(steps=30))
-    (tmp_path / "long.toml").write_text(CONFIG.format(steps=600))
+    fill(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The run of long.toml that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("straight")
+    fill(folder)
+    train(load_config(folder / "long.toml", [f"data.path={folder / 'data'}"]), folder / "run")
+    return folder / "run"
 
 
 def start(folder, *words):
@@ -110,39 +123,31 @@ def test_a_run_its_json_and_running_it_again(folder):
     assert "finished already: step 12 of 12" in err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_finish_the_step_save_and_say_how_to_go_on(folder, number, code):
-    straight = start(folder, "long.toml", "--out", "straight", "--set", "train.steps=200")
-    process = start(folder, "long.toml", "--out", "my run", "--set", "train.steps=200")
-    wait_for_steps(folder / "my run", 30, process)
-    process.send_signal(number)
-    returned, _, err = finish(process)
-    assert returned == code
-    (step,) = list_steps(folder / "my run")[-1:]
-    assert 30 <= step < 200
-    assert f"step {step} of 200 is saved" in err
-    command = shlex.split(err[err.index("Go on with:") :].splitlines()[1])
-    assert command == ["bitquest", "train", "long.toml", "--out", "my run", "--set", "train.steps=200"]
-    returned, _, err = run(folder, *command[2:])
-    assert returned == 0, err
-    assert f"going on from step {step}" in err
-    assert finish(straight)[0] == 0
-    assert_bit_identical(folder / "straight", folder / "my run")
-
-
-def test_a_killed_run_goes_on_bit_identically(folder):
-    straight = start(folder, "long.toml", "--out", "straight", "--set", "train.steps=120")
-    process = start(folder, "long.toml", "--out", "killed", "--set", "train.steps=120")
-    wait_for_steps(folder / "killed", 50, process)
+def test_stopped_three_ways_a_run_is_bit_identical_to_the_uninterrupted_one(folder, straight):
+    """Ctrl-C and SIGTERM finish the step, save and say how to go on; SIGKILL loses what is after a checkpoint."""
+    command = ["long.toml", "--out", "my run", "--set", "log.every=1"]
+    for number, code, at in ((signal.SIGINT, 130, 30), (signal.SIGTERM, 143, 70)):
+        process = start(folder, *command)
+        wait_for_steps(folder / "my run", at, process)
+        process.send_signal(number)
+        returned, _, err = finish(process)
+        assert returned == code
+        step = list_steps(folder / "my run")[-1]
+        assert at <= step < 200
+        assert f"step {step} of 200 is saved" in err
+        said = shlex.split(err[err.index("Go on with:") :].splitlines()[1])
+        assert said == ["bitquest", "train", *command]
+    process = start(folder, *command)
+    wait_for_steps(folder / "my run", 110, process)
     process.kill()
     process.communicate()
-    step = list_steps(folder / "killed")[-1]
+    step = list_steps(folder / "my run")[-1]
+    assert 100 <= step < 200
     assert step % 20 == 0
-    returned, _, err = run(folder, "long.toml", "--out", "killed", "--set", "train.steps=120")
+    returned, _, err = run(folder, *command)
     assert returned == 0, err
     assert f"going on from step {step}" in err
-    assert finish(straight)[0] == 0
-    assert_bit_identical(folder / "straight", folder / "killed")
+    assert_bit_identical(straight, folder / "my run")
 
 
 def test_mistakes_give_one_message_and_leave_nothing(folder, invoke):
@@ -185,7 +190,7 @@ def invoke(folder, monkeypatch, capsys):
 
 
 def test_refusals_of_an_existing_run(folder, invoke):
-    assert run(folder, "small.toml", "--set", "train.steps=5")[0] == 0
+    train(load_config("small.toml", ["train.steps=5"]), "runs/small")
     assert "scheme: 'w1a1', 'w4a4'" in invoke("small.toml", "--set", "train.steps=5", "--set", "scheme=w4a4")
     assert "already holds a run" in invoke("small.toml", "--set", "train.steps=5", "--no-resume")
     assert "holds data and no config.toml" in invoke("small.toml", "--out", str(Path.cwd()))
