@@ -2,6 +2,7 @@
 
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,18 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path):
     again.close()
     assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 4]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    metrics.close()
+    monkeypatch.setattr(metrics, "_file", full.open("w"))
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: .*No space left on device.*Make room"):
+        metrics.write(record(1))
+    metrics.close()
 
 
 def test_a_line_cut_off_is_dropped_and_a_bad_one_is_named(tmp_path):

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,27 @@ class MetricsFile:
         if path.exists():
             kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= after_step]
             write_text_atomic(path, "".join(kept))
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Raises CheckpointError if the line cannot be written (disk full)."""
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._path}: the metrics could not be written: {error.strerror}. The checkpoints are untouched. "
+                "Make room, then run the same command again"
+            ) from error
 
     def sync(self) -> None:
         """Wait until the lines are on the disk, so that a checkpoint never outlives its metrics."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # every line was flushed; what could not be was reported then
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[Record]:
