@@ -1,0 +1,123 @@
+"""Expectations about a comparison, such as "none<=w4a4<=w1a1" or "w1a1<w1a1-ste", and whether they hold.
+
+The losses of a scheme are one per seed; a run that diverged counts as an infinite one. With means m_a and m_b, sample
+variances v_a and v_b (divided by n - 1) over n_a and n_b seeds, the pooled standard deviation of a pair is
+
+    s = sqrt(((n_a - 1) · v_a + (n_b - 1) · v_b) / (n_a + n_b - 2))
+
+    a <= b   holds if m_a <= m_b, or if the inversion is small: m_a - m_b < 2 s
+    a < b    holds if a is clearly lower:                       m_b - m_a > 2 s
+
+With one seed each there is no s: `a <= b` then takes m_a <= m_b alone, and `a < b` cannot be decided. A chain of one
+scheme, "w1a1", expects only that none of its runs diverged.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from bitquest.errors import ConfigError
+from bitquest.nn import Scheme
+
+Relation = Literal["<=", "<", "converges"]
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """One pair of schemes and how their losses should compare; `second` is None for "none of its runs diverged"."""
+
+    first: str
+    relation: Relation
+    second: str | None
+
+    def __str__(self) -> str:
+        return f"{self.first} {self.relation} {self.second}" if self.second is not None else f"{self.first} converges"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an expectation holds, with the numbers: second's mean less first's, and the pooled deviation."""
+
+    expectation: Expectation
+    passed: bool
+    difference: float | None
+    deviation: float | None
+    reason: str
+
+
+def parse_expectation(text: str, schemes: Sequence[str]) -> list[Expectation]:
+    """The pairs of a chain of schemes joined by `<=` and `<`, under their canonical names.
+
+    Raises ConfigError for what is no chain and for a scheme that is not among the compared `schemes`.
+    """
+    names, relations = _chain(text)
+    for name in names:
+        if name not in schemes:
+            raise ConfigError(f"expectation {text!r}: {name} is not compared; the schemes are {', '.join(schemes)}")
+    if len(names) == 1:
+        return [Expectation(names[0], "converges", None)]
+    return [Expectation(a, relation, b) for (a, b), relation in zip(pairwise(names), relations, strict=True)]
+
+
+def schemes_of(text: str) -> list[str]:
+    """The schemes that a chain names. Raises ConfigError for what is no chain."""
+    return _chain(text)[0]
+
+
+def _chain(text: str) -> tuple[list[str], list[Relation]]:
+    first, *rest = re.split(r"(<=|≤|<)", text)
+    names = []
+    for part in (first, *rest[1::2]):
+        if not part.strip():
+            raise ConfigError(f"expectation {text!r}: write schemes joined by <= or <, such as none<=w4a4<=w1a1")
+        try:
+            names.append(str(Scheme.parse(part)))
+        except ConfigError as error:
+            raise ConfigError(f"expectation {text!r}: {error}") from None
+    return names, ["<" if relation == "<" else "<=" for relation in rest[::2]]
+
+
+def pooled_deviation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """s of the module's formula; None where there is one value each, infinite where a value is."""
+    freedom = len(first) + len(second) - 2
+    if freedom <= 0:
+        return None
+    if not all(map(math.isfinite, (*first, *second))):
+        return math.inf
+    squares = sum((x - sum(values) / len(values)) ** 2 for values in (first, second) for x in values)
+    return math.sqrt(squares / freedom)
+
+
+def judge(expectation: Expectation, losses: Mapping[str, Sequence[float]]) -> Verdict:
+    """Whether an expectation holds for the losses of every scheme (math.inf for a run that diverged)."""
+    first = losses[expectation.first]
+    diverged = sum(not math.isfinite(loss) for loss in first)
+    if diverged:
+        return Verdict(
+            expectation, False, None, None, f"{diverged} of {len(first)} runs of {expectation.first} diverged"
+        )
+    if expectation.second is None:
+        return Verdict(expectation, True, None, None, f"none of {len(first)} runs diverged")
+    second = losses[expectation.second]
+    if not all(map(math.isfinite, second)):
+        return Verdict(expectation, True, None, None, f"a run of {expectation.second} diverged, which is worse")
+    difference = sum(second) / len(second) - sum(first) / len(first)
+    deviation = pooled_deviation(first, second)
+    if expectation.relation == "<":
+        passed = deviation is not None and difference > 2 * deviation
+    else:
+        passed = difference >= 0 or (deviation is not None and -difference < 2 * deviation)
+    return Verdict(expectation, passed, difference, deviation, _reason(expectation, passed, difference, deviation))
+
+
+def _reason(expectation: Expectation, passed: bool, difference: float, deviation: float | None) -> str:
+    order = "in order" if difference >= 0 else "inverted"
+    if deviation is None:
+        return f"{order}; with one seed each nothing tells how far seeds scatter"
+    if expectation.relation == "<=" and difference >= 0:
+        return order
+    size, limit = abs(difference), 2 * deviation
+    return f"{order} by {size:.4f}, {'less' if size < limit else 'not less'} than two standard deviations, {limit:.4f}"
