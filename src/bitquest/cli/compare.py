@@ -80,14 +80,19 @@ def _print_table(content: "Table") -> None:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    table = RichTable(title=content.title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = RichTable(
+        title=content.title or None, title_justify="left", box=SIMPLE_HEAD, show_edge=False, collapse_padding=True
+    )
     for number, column in enumerate(content.columns):
         words = number == 0 or column in ("verdict", "why")
-        table.add_column(column, justify="left" if words else "right", no_wrap=column not in ("why", "bits per byte"))
+        cells = max(len(row[number]) for row in content.rows)  # heads fold at spaces, cells do not
+        table.add_column(
+            column, justify="left" if words else "right", min_width=None if column == "why" else min(cells, 40)
+        )
     styles = {"passed": "green", "failed": "bold red"}
     for row in content.rows:
         table.add_row(*(Text(cell, style=styles.get(cell, "")) for cell in row))
-    err.print(table)
+    err.print("", table, "", sep="\n")
     _say(content.note)
 
 
