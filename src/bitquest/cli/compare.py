@@ -84,11 +84,10 @@ def _print_table(content: "Table") -> None:
         title=content.title or None, title_justify="left", box=SIMPLE_HEAD, show_edge=False, collapse_padding=True
     )
     for number, column in enumerate(content.columns):
+        widest = max(len(row[number]) for row in content.rows)
+        head = column if len(column) <= widest else column.replace(" ", "\n")
         words = number == 0 or column in ("verdict", "why")
-        cells = max(len(row[number]) for row in content.rows)  # heads fold at spaces, cells do not
-        table.add_column(
-            column, justify="left" if words else "right", min_width=None if column == "why" else min(cells, 40)
-        )
+        table.add_column(head, justify="left" if words else "right", no_wrap=column != "why")
     styles = {"passed": "green", "failed": "bold red"}
     for row in content.rows:
         table.add_row(*(Text(cell, style=styles.get(cell, "")) for cell in row))

@@ -1,6 +1,7 @@
 """What a person sees of a comparison while it runs: one bar over the steps of all runs, a line for every result."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -33,7 +34,7 @@ class ConsoleDisplay:
         """A comparison begins, or goes on."""
         self._plan, self._steps, self._runs = plan, plan.base.train.steps, plan.runs()
         self._say(
-            f"{out}: {len(plan.schemes)} schemes × {len(plan.seeds)} seeds = {len(self._runs)} runs of "
+            f"{out}: {_count(plan.schemes, 'scheme')} × {_count(plan.seeds, 'seed')} = {_count(self._runs, 'run')} of "
             f"{self._steps} steps; Ctrl-C stops, and the same command goes on"
         )
         self._task = self._bar.add_task("", total=len(self._runs) * self._steps, left="")
@@ -76,6 +77,10 @@ class ConsoleDisplay:
 
     def _say(self, text: str) -> None:
         self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def _count(things: Sequence[object], what: str) -> str:
+    return f"{len(things)} {what}{'s' * (len(things) != 1)}"
 
 
 class _RunDisplay:

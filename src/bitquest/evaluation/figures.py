@@ -39,6 +39,8 @@ def loss_curves(runs: Sequence[RunSummary]) -> str:
         return ""
     right = _text_width([f"{_short(name)}  0.000" for name in groups]) + 0.35
     with _axes(4.4, right=right) as (figure, axes):
+        from matplotlib.ticker import MaxNLocator
+
         ends: list[tuple[float, str, str]] = []
         last = max(point.step for group in groups.values() for run in group for point in _points(run))
         for (name, group), (colour, marker) in zip(groups.items(), _styles(groups), strict=True):
@@ -52,6 +54,7 @@ def loss_curves(runs: Sequence[RunSummary]) -> str:
         bottom, top = _loss_range([run for group in groups.values() for run in group], last)
         axes.set_ylim(bottom, top)
         axes.set_xlim(0, last * 1.015)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("step")
         axes.set_ylabel("loss, nats per token")
         _label_ends(axes, ends, last)
@@ -90,16 +93,15 @@ def size_against_loss(runs: Sequence[RunSummary], baselines: Mapping[str, float]
                 f"{_short(name)}  {bits:.3f}", (1, bits), xycoords=("axes fraction", "data"), xytext=(-2, 4),
                 textcoords="offset points", ha="right", color=_MUTED, fontsize=9.5,
             )  # fmt: skip
-        for cluster in _clusters(groups):
-            heights = _spread([_fraction(axes, groups[name][1]) for name in cluster], 0.062)
-            for name, height in zip(cluster, heights, strict=True):
-                (size, bits), (colour, marker) = groups[name], colours[name]
-                axes.plot([size], [bits], marker, color=colour, ms=8, mec=_PAPER, mew=0.8)
-                shift = (height - _fraction(axes, bits)) * _height(axes)
-                axes.annotate(
-                    _short(name), (size, bits), xytext=(10, shift), textcoords="offset points", va="center",
-                    color=colour, fontweight="bold", annotation_clip=False,
-                )  # fmt: skip
+        points = {name: axes.transData.transform(place) * 72 / figure.dpi for name, place in groups.items()}
+        places = place_labels([(x, y, _short(name)) for name, (x, y) in points.items()])
+        for (name, (size, bits)), (dx, dy, side) in zip(groups.items(), places, strict=True):
+            colour, marker = colours[name]
+            axes.plot([size], [bits], marker, color=colour, ms=8, mec=_PAPER, mew=0.8)
+            axes.annotate(
+                _short(name), (size, bits), xytext=(dx, dy), textcoords="offset points", ha=side, va="center",
+                color=colour, fontweight="bold", annotation_clip=False,
+            )  # fmt: skip
         return _svg(figure, "size", "Packed size against bits per byte")
 
 
@@ -205,25 +207,36 @@ def _spread(heights: Sequence[float], gap: float) -> list[float]:
     return [value + i * gap for i, value in enumerate(flat)]
 
 
-def _clusters(groups: Mapping[str, tuple[float, float]]) -> list[list[str]]:
-    """Names whose labels could collide, sizes within a factor 1.6 of each other; each cluster by ascending loss."""
-    clusters: list[list[str]] = []
-    for name in sorted(groups, key=lambda name: groups[name][0]):
-        if clusters and groups[name][0] < 1.6 * groups[clusters[-1][-1]][0]:
-            clusters[-1].append(name)
-        else:
-            clusters.append([name])
-    return [sorted(cluster, key=lambda name: groups[name][1]) for cluster in clusters]
-
-
 def _fraction(axes: Any, value: float) -> float:
     bottom, top = axes.get_ylim()
     return float((value - bottom) / (top - bottom))
 
 
-def _height(axes: Any) -> float:
-    """The axes' height in points."""
-    return float(axes.get_position().height * axes.figure.get_figheight() * 72)
+def place_labels(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """Where to write the label of every mark (x, y, label), in points: (dx, dy, "left" or "right" alignment).
+
+    One mark after the other, the first place that touches no mark and no label written before, or else the one that
+    touches the fewest: at its right, at its left, then further up and down on both sides.
+    """
+    marks = [(x - 5, y - 5, x + 5, y + 5) for x, y, _ in points]
+    written: list[tuple[float, float, float, float]] = []
+    places: list[tuple[float, float, str]] = []
+    for x, y, label in points:
+        width = 72 * _text_width([label]) * 0.85
+        options: list[tuple[int, int, tuple[float, float, str], tuple[float, float, float, float]]] = []
+        for dy in (0, 9, -9, 16, -16, 25, -25):
+            for dx, side, left in ((10, "left", x + 10), (-10, "right", x - 10 - width)):
+                box = (left, y + dy - 6, left + width, y + dy + 6)
+                touched = sum(_overlap(box, other) for other in (*marks, *written))
+                options.append((touched, len(options), (dx, dy, side), box))
+        _, _, place, box = min(options)
+        places.append(place)
+        written.append(box)
+    return places
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def _short(name: str) -> str:

@@ -1,0 +1,137 @@
+"""`bitquest compare` as a user meets it: tables, exit codes, mistakes, and being stopped in the middle."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import bitquest.cli.app as app
+from bitquest.training import prepare
+
+CONFIG = """
+[model]
+hidden_size = 32
+intermediate_size = 64
+num_hidden_layers = 1
+num_attention_heads = 2
+num_key_value_heads = 2
+
+[data]
+path = "data"
+context = 16
+
+[train]
+steps = 3
+batch_size = 2
+threads = 1
+
+[evaluate]
+every = 0
+batches = 1
+
+[log]
+every = 1
+
+[compare]
+schemes = ["none", "w1a1"]
+seeds = [0, 1]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("one and two and three are six.\n" * 300)
+    prepare([tmp_path / "text.txt"], "byte", tmp_path / "data", val_fraction=0.2)
+    (tmp_path / "small.toml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def invoke(folder, monkeypatch, capsys):
+    """Run the command in this process: exit code, stdout, stderr."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["bitquest", "compare", *words])
+        monkeypatch.setenv("COLUMNS", "100")
+        with pytest.raises(SystemExit) as caught:
+            app.main()
+        captured = capsys.readouterr()
+        return caught.value.code, captured.out, captured.err
+
+    return call
+
+
+def test_tables_json_and_exit_codes(folder, invoke):
+    code, out, err = invoke("small.toml", "--json", "--expect", "w1a1", "--seeds", "0")
+    assert code == 0, err
+    result = json.loads(out)
+    assert (result["bitquest"], result["command"], result["out"]) == (1, "compare", "compare/small")
+    assert (result["finished"], result["passed"], len(result["runs"])) == (True, True, 2)
+    for part in ("2 schemes × 1 seed = 2 runs of 3 steps", "difference", "w1a1 converges", "report.html"):
+        assert part in err
+    # a loss is never below itself by a clear margin, whichever way round
+    code, out, err = invoke("small.toml", "--expect", "none<w1a1", "--expect", "w1a1<none")
+    assert (code, out) == (1, "")
+    assert "Not as expected:" in err
+    assert "failed" in err
+    words = shlex.split(
+        (folder / "compare" / "small" / "report.html").read_text().split("<code>")[1].split("</code>")[0]
+    )
+    assert words[:5] == ["bitquest", "compare", "small.toml", "--out", "compare/small"]
+    code, _, err = invoke("small.toml", "--schemes", "w1a1", "--seeds", "0-2", "--out", "stability")
+    assert code == 0
+    assert "least" in err
+    assert "greatest" in err
+
+
+def test_mistakes_give_one_message_and_leave_nothing(folder, invoke):
+    for words, part in [
+        (["nothing.toml"], "nothing.toml: no such configuration file"),
+        (["small.toml", "--schemes", "w1a1-norott"], "did you mean 'norot'?"),
+        (["small.toml", "--schemes", "w1a1,w1a1"], "scheme w1a1 is given twice"),
+        (["small.toml", "--seeds", "x"], "'x' is no seed"),
+        (["small.toml", "--expect", "none<=w4a4"], "w4a4 is not compared"),
+        (["small.toml", "--set", "train.stepz=3"], "did you mean 'train.steps'?"),
+        (["small.toml", "--set", "data.path=elsewhere"], "elsewhere"),
+        (["small.toml", "--out", "text.txt"], "there is a file of this name"),
+        (["small.toml", "--out", "."], "and no compare.toml"),
+    ]:
+        code, out, err = invoke(*words)
+        assert (code, out) == (1, ""), words
+        assert err.startswith("error: ")
+        assert part in err, words
+        assert len(err) < 700
+    assert not (folder / "compare").exists()
+
+
+def test_ctrl_c_saves_and_the_command_it_names_finishes(folder):
+    environment = {**os.environ, "PYTHONWARNINGS": "error", "OMP_NUM_THREADS": "1"}
+    start = [sys.executable, "-m", "bitquest.cli.app"]
+    words = ["compare", "small.toml", "--out", "my runs", "--expect", "w1a1", "--set", "train.steps=150"]
+    process = subprocess.Popen(
+        [*start, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    metrics = folder / "my runs" / "runs" / "w1a1-seed0" / "metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 20:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "1 of 4 runs are finished" in err
+    command = shlex.split(err[err.index("Go on with:") :].splitlines()[1])
+    assert command == ["bitquest", *words]
+    done = subprocess.run([*start, *command[1:]], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "w1a1 converges" in done.stderr
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"train"' in line]
+    assert steps == list(range(1, 151))
