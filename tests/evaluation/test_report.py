@@ -11,7 +11,15 @@ from itertools import pairwise
 import pytest
 
 from bitquest.errors import CheckpointError, ConfigError, MissingExtraError
-from bitquest.evaluation.figures import _spread, loss_curves, seed_spread, size_against_loss, smoothed
+from bitquest.evaluation.figures import (
+    _loss_range,
+    _spread,
+    loss_curves,
+    place_labels,
+    seed_spread,
+    size_against_loss,
+    smoothed,
+)
 from bitquest.evaluation.report import results_table, write_report
 from bitquest.evaluation.report_page import Table
 from bitquest.evaluation.runs import CurvePoint, RunSummary, read_run
@@ -174,6 +182,41 @@ def test_charts_label_lines_where_they_end_and_are_absent_without_numbers():
     one = summary(train_curve=(CurvePoint(1, 5.0),), validation_curve=())
     assert "5.000" in loss_curves([one])
     assert "W" * 27 + "…" in loss_curves([summary("W" * 40)])
+
+
+def test_runs_that_diverged_or_stopped_early_neither_stretch_nor_break_the_curves():
+    wild = tuple(CurvePoint(step, 10.0**step) for step in range(1, 30))
+    diverged = summary("W1A1", "w1a1", train_curve=wild, validation_curve=(), val_loss=None, diverged=True)
+    short = summary("W2A2", "w2a2", validation_curve=(CurvePoint(7, 3.0),))
+    svg = loss_curves([summary("W4A4"), diverged, short, dataclasses.replace(short, validation_curve=())])
+    assert ">W1A1  diverged<" in svg
+    assert ">W2A2  3.000<" in svg
+    assert ">100<" in svg
+    assert "1e" not in "".join(re.findall(r"<text.*?</text>", svg))
+    assert "diverged" in loss_curves([diverged])
+    one_of_two = loss_curves([summary("W1A1", "w1a1", final=2.5), diverged])
+    assert ">W1A1  2.520<" in one_of_two
+
+
+def test_the_loss_axis_leaves_out_the_first_steps():
+    run = summary(final=2.0)
+    low, high = _loss_range([run], 100)
+    assert low < 2.0 < run.train_curve[15].loss < high < run.train_curve[5].loss
+
+
+def test_labels_of_a_crowd_of_marks_touch_neither_marks_nor_each_other():
+    points = [(100 + 12 * (i % 3), 100 + 11 * (i // 3), f"W{i}A{i}") for i in range(9)]
+    boxes = [(x - 5, y - 5, x + 5, y + 5) for x, y, _ in points[::4]]
+    places = place_labels(points[::4])
+    for (x, y, label), (dx, dy, side) in zip(points[::4], places, strict=True):
+        width = 0.1 * 72 * 0.85 * len(label)
+        left = x + dx - (width if side == "right" else 0)
+        box = (left, y + dy - 6, left + width, y + dy + 6)
+        for other in boxes:
+            assert box[2] <= other[0] or other[2] <= box[0] or box[3] <= other[1] or other[3] <= box[1]
+        boxes.append(box)
+    assert place_labels([(0, 0, "a"), (200, 0, "b")]) == [(10, 0, "left"), (10, 0, "left")]
+    assert len(set(place_labels([(0, 0, "a")] * 5))) == 5
 
 
 def test_labels_are_moved_apart_and_no_further_than_needed():

@@ -37,27 +37,28 @@ def loss_curves(runs: Sequence[RunSummary]) -> str:
     groups = {name: group for name, group in grouped(list(runs)).items() if any(_points(run) for run in group)}
     if not groups:
         return ""
-    right = _text_width([f"{_short(name)}  0.000" for name in groups]) + 0.35
+    right = _text_width([f"{_short(name)}  00.000" for name in groups]) + 0.35
     with _axes(4.4, right=right) as (figure, axes):
         from matplotlib.ticker import MaxNLocator
 
-        ends: list[tuple[float, str, str]] = []
+        ends: list[tuple[CurvePoint, str, str]] = []
         last = max(point.step for group in groups.values() for run in group for point in _points(run))
         for (name, group), (colour, marker) in zip(groups.items(), _styles(groups), strict=True):
             for run in group:
                 smooth = smoothed(run.train_curve)
                 axes.plot(*_xy(smooth), color=colour, lw=0.9, alpha=0.45, solid_joinstyle="round")
-            validation = _mean_curve([run.validation_curve for run in group])
+            good = [run for run in group if not run.diverged]
+            validation = _mean_curve([run.validation_curve for run in good])
             axes.plot(*_xy(validation), color=colour, lw=1.7, marker=marker, ms=4.2, mec=_PAPER, mew=0.6)
-            final = (validation or _mean_curve([smoothed(run.train_curve) for run in group]))[-1]
-            ends.append((final.loss, f"{_short(name)}  {final.loss:.3f}", colour))
-        bottom, top = _loss_range([run for group in groups.values() for run in group], last)
-        axes.set_ylim(bottom, top)
+            end = _end(good or group)
+            ends.append((end, f"{_short(name)}  {f'{end.loss:.3f}' if good else 'diverged'}", colour))
+        everything = [run for group in groups.values() for run in group]
+        axes.set_ylim(*_loss_range([run for run in everything if not run.diverged] or everything, last))
         axes.set_xlim(0, last * 1.015)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
         axes.set_xlabel("step")
         axes.set_ylabel("loss, nats per token")
-        _label_ends(axes, ends, last)
+        _label_ends(axes, ends)
         return _svg(figure, "loss", "Loss against training steps")
 
 
@@ -180,13 +181,22 @@ def _styles(groups: Mapping[str, Sequence[RunSummary]]) -> list[tuple[str, str]]
     return styles
 
 
-def _label_ends(axes: Any, ends: Sequence[tuple[float, str, str]], last: int) -> None:
+def _end(group: Sequence[RunSummary]) -> CurvePoint:
+    """Where the lines of a group end: the mean of its runs' last validation losses, or last training losses."""
+    finals = [run.validation_curve[-1] for run in group if run.validation_curve]
+    finals = finals or [smoothed(run.train_curve)[-1] for run in group if run.train_curve]
+    return CurvePoint(max(p.step for p in finals), sum(p.loss for p in finals) / len(finals))
+
+
+def _label_ends(axes: Any, ends: Sequence[tuple[CurvePoint, str, str]]) -> None:
     """Write a label at the right of every line's end, apart from each other, with a leader to where the line ends."""
-    ends = sorted(ends)
-    heights = _spread([_fraction(axes, loss) for loss, _, _ in ends], 0.058)
-    for (loss, text, colour), height in zip(ends, heights, strict=True):
+    low, high = axes.get_ylim()
+    ends = sorted(ends, key=lambda end: end[0].loss)
+    levels = [min(max(point.loss, low), high) for point, _, _ in ends]
+    heights = _spread([_fraction(axes, level) for level in levels], 0.058)
+    for (point, text, colour), level, height in zip(ends, levels, heights, strict=True):
         axes.annotate(
-            text, (last, loss), xytext=(1.03, height), textcoords="axes fraction", va="center", color=colour,
+            text, (point.step, level), xytext=(1.03, height), textcoords="axes fraction", va="center", color=colour,
             fontweight="bold", annotation_clip=False,
             arrowprops={
                 "arrowstyle": "-", "color": colour, "lw": 0.8, "alpha": 0.6, "shrinkA": 1, "shrinkB": 4,
