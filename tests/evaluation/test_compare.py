@@ -326,8 +326,8 @@ def test_the_pooled_deviation_is_the_documented_formula():
         # s = 0.1·√2 here, so that two of them are 0.2828
         (LESS, [2.28, 2.48], [2.0, 2.2], True, "inverted by 0.2800, less than two standard deviations, 0.2828"),
         (LESS, [2.29, 2.49], [2.0, 2.2], False, "inverted by 0.2900, not less than two standard deviations, 0.2828"),
-        (CLEARLY, [2.0, 2.2], [2.28, 2.48], False, "in order by 0.2800, less than"),
-        (CLEARLY, [2.0, 2.2], [2.29, 2.49], True, "in order by 0.2900, not less than"),
+        (CLEARLY, [2.0, 2.2], [2.28, 2.48], False, "in order by 0.2800, not more than"),
+        (CLEARLY, [2.0, 2.2], [2.29, 2.49], True, "in order by 0.2900, more than"),
         (CLEARLY, [2.29, 2.49], [2.0, 2.2], False, "inverted by 0.2900"),
         (LESS, [2.0], [2.1], True, "in order; with one seed each"),
         (LESS, [2.1], [2.0], False, "inverted; with one seed each"),

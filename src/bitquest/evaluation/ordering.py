@@ -120,4 +120,8 @@ def _reason(expectation: Expectation, passed: bool, difference: float, deviation
     if expectation.relation == "<=" and difference >= 0:
         return order
     size, limit = abs(difference), 2 * deviation
-    return f"{order} by {size:.4f}, {'less' if size < limit else 'not less'} than two standard deviations, {limit:.4f}"
+    if expectation.relation == "<":
+        compared = "more" if size > limit else "not more"
+    else:
+        compared = "less" if size < limit else "not less"
+    return f"{order} by {size:.4f}, {compared} than two standard deviations, {limit:.4f}"
