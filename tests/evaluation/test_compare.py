@@ -370,7 +370,7 @@ def test_statistics_over_seeds_and_the_tables():
     assert [row[1] for row in verdicts_table(result).rows] == ["passed", "failed"]
     assert not summarize(plan, runs[:-1]).finished
     alone = results_table(summarize(plan_of(["none"], [0]), runs[:1]))
-    assert alone.rows == (("none", "0 of 1", "2.0000", "3.0000", "4"),)
+    assert alone.rows == (("none", "0 of 1", "2.0000", "3.0000", "4.0"),)
     assert "least" in results_table(summarize(plan_of(["none"], range(3)), runs[:3]), narrow=True).columns
 
 

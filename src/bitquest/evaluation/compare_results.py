@@ -171,7 +171,7 @@ def results_table(result: ComparisonResult, *, narrow: bool = False) -> Table:
         columns["MB packed"] = [
             _number(s.packed_bytes["total_bytes"] / 1e6 if s.packed_bytes else None, ".2f") for s in schemes
         ]
-    columns["seconds"] = [_number(s.seconds.mean if s.seconds else None, ",.0f") for s in schemes]
+    columns["seconds"] = [_number(s.seconds.mean if s.seconds else None, ",.1f") for s in schemes]
     note = "; ".join(notes)
     return Table(tuple(columns), tuple(zip(*columns.values(), strict=True)), note=note[0].upper() + note[1:] + ".")
 

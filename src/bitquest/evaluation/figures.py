@@ -134,12 +134,11 @@ def seed_spread(runs: Sequence[RunSummary]) -> str:
 
 
 def smoothed(points: Sequence[CurvePoint]) -> list[CurvePoint]:
-    """A centred moving average over about a twenty-fifth of the points, narrower at the ends."""
+    """A moving average over about a twenty-fifth of the points: centred, narrower where the steep curve begins."""
     half = len(points) // 50
     result = []
     for i, point in enumerate(points):
-        reach = min(half, i, len(points) - 1 - i)
-        window = points[i - reach : i + reach + 1]
+        window = points[i - min(half, i) : i + min(half, i) + 1]
         result.append(CurvePoint(point.step, sum(p.loss for p in window) / len(window)))
     return result
 
