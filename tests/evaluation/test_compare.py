@@ -185,8 +185,10 @@ def test_it_goes_on_after_an_interruption_and_when_schemes_or_seeds_are_added(tm
 
 def test_a_run_that_diverges_is_recorded_and_the_next_one_begins(tmp_path, config):
     plan = load_comparison(config, ["optimizer.lr=1e30", "optimizer.clip=0", "train.steps=6"], expect=["w1a1"])
-    for _ in range(2):  # the second time from the record
-        result = compare(plan, tmp_path / "out")
+    for again in (False, True):
+        events = Events()
+        result = compare(plan, tmp_path / "out", display=events)
+        assert (1 in events.events) is not again  # the second time nothing is trained: it is on record
         assert [run.diverged for run in result.runs] == [True] * 4
         assert all("training diverged" in run.message for run in result.runs)
         assert all(0 < run.step < 6 for run in result.runs)
