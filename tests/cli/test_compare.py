@@ -71,7 +71,7 @@ def test_tables_json_and_exit_codes(folder, invoke):
     code, out, err = invoke("small.toml", "--json", "--expect", "w1a1", "--seeds", "0")
     assert code == 0, err
     result = json.loads(out)
-    assert (result["bitquest"], result["command"], result["out"]) == (1, "compare", "compare/small")
+    assert (result["bitquest"], result["command"], result["out"]) == (1, "compare", "runs/small")
     assert (result["finished"], result["passed"], len(result["runs"])) == (True, True, 2)
     for part in ("2 schemes × 1 seed = 2 runs of 3 steps", "difference", "w1a1 converges", "report.html"):
         assert part in err
@@ -80,10 +80,8 @@ def test_tables_json_and_exit_codes(folder, invoke):
     assert (code, out) == (1, "")
     assert "Not as expected:" in err
     assert "failed" in err
-    words = shlex.split(
-        (folder / "compare" / "small" / "report.html").read_text().split("<code>")[1].split("</code>")[0]
-    )
-    assert words[:5] == ["bitquest", "compare", "small.toml", "--out", "compare/small"]
+    words = shlex.split((folder / "runs" / "small" / "report.html").read_text().split("<code>")[1].split("</code>")[0])
+    assert words[:5] == ["bitquest", "compare", "small.toml", "--out", "runs/small"]
     code, _, err = invoke("small.toml", "--schemes", "w1a1", "--seeds", "0-2", "--out", "stability")
     assert code == 0
     assert "least" in err
@@ -107,7 +105,7 @@ def test_mistakes_give_one_message_and_leave_nothing(folder, invoke):
         assert err.startswith("error: ")
         assert part in err, words
         assert len(err) < 700
-    assert not (folder / "compare").exists()
+    assert not (folder / "runs").exists()
 
 
 def test_ctrl_c_saves_and_the_command_it_names_finishes(folder):

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def command(
-    config: Annotated[Path, typer.Argument(help="TOML: the trainer's keys and [compare]; see configs/compare/.")],
+    config: Annotated[Path, typer.Argument(help="TOML: the trainer's keys and \\[compare]; see configs/compare/.")],
     out: Annotated[
-        Path | None, typer.Option(help="Directory of the runs and the report.", show_default="compare/<CONFIG's name>")
+        Path | None, typer.Option(help="Directory of the runs and the report.", show_default="runs/<CONFIG's name>")
     ] = None,
     schemes: Annotated[str | None, typer.Option(help="Instead of the file's: none,w4a4,w1a1.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Instead of the file's: 0,1,2 or 0-19.")] = None,
@@ -39,7 +39,7 @@ def command(
     from bitquest.training.interrupt import stop_on_signals
 
     plan = load_comparison(config, set_ or [], schemes=schemes, seeds=seeds, expect=expect or [])
-    folder = out if out is not None else Path("compare") / _name(config)
+    folder = out if out is not None else Path("runs") / _name(config)
     again = _command_line(config, folder, schemes, seeds, expect or [], set_ or [])
     with stop_on_signals() as stop:
         result = compare(plan, folder, display=ConsoleDisplay(err), should_stop=stop, commands=[again])
