@@ -1,10 +1,11 @@
 """`bitquest data`: text files to tokens on the disk, and a look at them."""
 
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from bitquest.cli.console import err, print_json_object
@@ -29,14 +30,20 @@ def prepare(
     """Tokenize text into a folder that `bitquest train` reads."""
     from bitquest.training.prepare import prepare as prepare_data
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    rate = TextColumn("{task.fields[rate]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), rate, TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        tasks: dict[str, int] = {}
+        tasks: dict[str, TaskID] = {}
+        begun = 0.0
 
         def report(stage: str, done: int, total: int) -> None:
+            nonlocal begun
             if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+                tasks[stage], begun = bar.add_task(stage, total=total, rate=""), time.perf_counter()
+            bar.update(tasks[stage], completed=done, total=total)
+
+        def count_tokens(tokens: int) -> None:
+            bar.update(next(reversed(tasks.values())), rate=f"{tokens / (time.perf_counter() - begun):,.0f} tokens/s")
 
         prepare_data(
             inputs,
@@ -48,8 +55,11 @@ def prepare(
             seed=seed,
             overwrite=overwrite,
             progress=report,
+            on_tokens=count_tokens,
         )
-    _describe(out, "data prepare", json)
+    vocab_size = _describe(out, "data prepare", json)
+    if tokenizer.startswith("bpe:") and vocab_size < int(tokenizer.removeprefix("bpe:")):
+        err.print(f"note: the text has repetitions for a vocabulary of {vocab_size:,} only, not for {tokenizer}")
 
 
 @app.command("show")
@@ -65,7 +75,8 @@ def show(
     _describe(directory, "data show", json)
 
 
-def _describe(directory: Path, command: str, json: bool) -> None:
+def _describe(directory: Path, command: str, json: bool) -> int:
+    """Print what a prepared folder holds; returns the size of its vocabulary."""
     from bitquest.training.shards import read_manifest
 
     manifest = read_manifest(directory)
@@ -74,9 +85,9 @@ def _describe(directory: Path, command: str, json: bool) -> None:
         for name, shards in manifest["splits"].items()
     }
     if json:
-        fields = {"directory": str(directory), "vocab_size": manifest["vocab_size"], "splits": splits}
-        print_json_object(command, fields)
-        return
+        known = {key: manifest[key] for key in ("vocab_size", "eos_id", "dtype", "tokenizer_sha256")}
+        print_json_object(command, {"directory": str(directory), **known, "splits": splits})
+        return int(manifest["vocab_size"])
     table = Table(title=f"{directory}: vocabulary of {manifest['vocab_size']:,}")
     for heading in ("split", "tokens", "bytes of text", "bytes a token", "documents"):
         table.add_column(heading, justify="left" if heading == "split" else "right")
@@ -84,3 +95,4 @@ def _describe(directory: Path, command: str, json: bool) -> None:
         ratio = f"{sums['utf8_bytes'] / sums['tokens']:.2f}"
         table.add_row(name, f"{sums['tokens']:,}", f"{sums['utf8_bytes']:,}", ratio, f"{sums['documents']:,}")
     err.print(table)
+    return int(manifest["vocab_size"])

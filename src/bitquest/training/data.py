@@ -44,8 +44,11 @@ def open_tokens(folder: str | Path, split: str = "train", verify: bool = True) -
         for shard in shards:
             _check_digest(folder / shard["file"], shard["sha256"])
     tokenizer = folder / TOKENIZER
-    if not tokenizer.is_file() or Tokenizer.from_file(tokenizer).sha256 != fields["tokenizer_sha256"]:
+    made = Tokenizer.from_file(tokenizer) if tokenizer.is_file() else None
+    if made is None or made.sha256 != fields["tokenizer_sha256"]:
         raise DataError(f"{tokenizer}: not the tokenizer that the data was prepared with; prepare the data again")
+    if (made.vocab_size, made.eos_id) != (fields["vocab_size"], fields["eos_id"]):
+        raise DataError(f"{folder}: vocab_size and eos_id are not those of its tokenizer; prepare the data again")
     dtype = DTYPES[fields["dtype"]]
     maps = [np.memmap(folder / s["file"], dtype=dtype, mode="r") for s in shards if s["tokens"]]
     return Tokens(folder, maps, fields["vocab_size"], fields["eos_id"], sum(s["utf8_bytes"] for s in shards))
@@ -81,6 +84,8 @@ class Tokens:
         return torch.from_numpy(ids)
 
     def _need(self, context: int) -> None:
+        if context < 1:
+            raise DataError(f"a context of {context} tokens predicts nothing; take 1 or more")
         if self.count < context + 1:
             raise DataError(
                 f"{self.folder}: {self.count} tokens are too few for a sequence of {context} and its next token; "

@@ -1,7 +1,7 @@
 """From text files to a folder of tokens: survey, tokenizer, shards, manifest; memory bounded whatever the size."""
 
+import hashlib
 import os
-import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import numpy as np
 
 from bitquest.errors import DataError
 from bitquest.models import Tokenizer
+from bitquest.training.data import permuted
 from bitquest.training.files import remove_folder, sync, write_json
 from bitquest.training.readers import Piece, find_inputs, pieces
 from bitquest.training.shards import (
@@ -25,7 +26,8 @@ from bitquest.training.shards import (
     read_manifest,
 )
 
-Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
+Progress = Callable[[str, int, int], None]  # stage, bytes of the files read, bytes of all files
+OnTokens = Callable[[int], None]  # told how many tokens there are so far
 
 # With fewer documents the end of the text is held out, otherwise whole documents.
 _FEW_DOCUMENTS = 20
@@ -36,19 +38,25 @@ _SHARD_TOKENS = 1 << 26
 
 @dataclass(frozen=True)
 class _Survey:
-    """What a first look at the inputs found: sizes of the text, nothing of it kept."""
+    """What a first look at the inputs found: the files with text, and its size; nothing of it kept."""
 
-    documents: int
-    utf8_bytes: int
-    file_bytes: int
+    files: tuple[Path, ...] = ()
+    documents: int = 0
+    utf8_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class _HeldOut:
-    """Which text is for validation: whole documents by number, or everything from a byte of the whole on."""
+    """Which text is for validation: `count` of all `documents`, or everything from a byte of the whole on."""
 
-    documents: frozenset[int] = frozenset()
+    count: int = 0
+    documents: int = 0
+    key: bytes = b""
     from_byte: int | None = None
+
+    def has(self, document: int) -> bool:
+        """Whether the document of this number is held out: exactly `count` are, and none of them need be remembered."""
+        return document < self.documents and permuted(document, self.documents, self.key) < self.count
 
 
 def make_tokenizer(name: str, texts: Callable[[], Iterator[str]]) -> Tokenizer:
@@ -80,35 +88,46 @@ def prepare(
     overwrite: bool = False,
     shard_tokens: int = _SHARD_TOKENS,
     progress: Progress | None = None,
+    on_tokens: OnTokens | None = None,
 ) -> Path:
     """Tokenize text files into the folder `out`; returns it. The same inputs give the same bytes.
 
     Held out for validation are `val_inputs` if given; else documents drawn with `seed`, about val_fraction of them;
     else, with fewer than 20 documents, the last val_fraction of the text. Everything is written beside `out` and
-    renamed when complete. Raises DataError naming file and line, and for an `out` that exists without `overwrite`.
+    renamed when complete. Memory is bounded: neither text nor tokens nor lists of documents are kept.
+    Raises DataError naming file and line, and for an `out` that exists without `overwrite`.
     """
     out, report = Path(out), progress or (lambda stage, done, total: None)
+    place = out.resolve()
     if not 0 < val_fraction < 1:
         raise DataError(f"--val-fraction must lie between 0 and 1, not {val_fraction}")
     _check_out(out, overwrite)
-    files, val_files = find_inputs([Path(p) for p in inputs]), find_inputs([Path(p) for p in val_inputs])
-    survey = _survey(files, text_field, report)
-    if val_files:
-        _survey(val_files, text_field, report)
-    held_out = _HeldOut() if val_files else _choose(survey, val_fraction, seed)
-    made = make_tokenizer(tokenizer, lambda: _sample(files, text_field, survey, held_out))
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)  # what an interrupted start left
-    aside.mkdir(parents=True)
+    found, val_found = find_inputs([Path(p) for p in inputs]), find_inputs([Path(p) for p in val_inputs])
+    both = {file.resolve() for file in found} & {file.resolve() for file in val_found}
+    if both:
+        raise DataError(f"{min(both)}: this file is training text and held-out text at once; give it as one of them")
+    survey = _survey(found, {Path(p) for p in inputs}, text_field, report)
+    val_survey = _survey(val_found, {Path(p) for p in val_inputs}, text_field, report) if val_found else _Survey()
+    held_out = _HeldOut() if val_found else _choose(survey, val_fraction, seed)
+    made = make_tokenizer(tokenizer, lambda: _sample(survey, text_field, held_out, report))
+    aside = place.with_name(f".{place.name}.partial")
     splits = {s: SplitWriter(aside, s, dtype_for(made.vocab_size), shard_tokens) for s in ("train", "val")}
     try:
-        _tokenize(files, text_field, made, splits, held_out, "train", report)
-        if val_files:
-            _tokenize(val_files, text_field, made, splits, _HeldOut(), "val", report)
+        shutil.rmtree(aside, ignore_errors=True)  # what an interrupted start left
+        aside.mkdir(parents=True)
+        for files, held, split in ((survey.files, held_out, "train"), (val_survey.files, _HeldOut(), "val")):
+            for tokens in _tokenize(files, text_field, made, splits, held, split, report):
+                if on_tokens is not None:
+                    on_tokens(tokens)
         for name, writer in splits.items():
             writer.close()
-            if not writer.tokens:
-                raise DataError(f"no text is left for the {name} split: give more text, or another --val-fraction")
+            if not any(shard["utf8_bytes"] for shard in writer.shards):
+                raise DataError(
+                    f"{out}: no text is left for the {name} split: give more text, or another --val-fraction"
+                )
+        written = sum(shard["utf8_bytes"] for writer in splits.values() for shard in writer.shards)
+        if written != survey.utf8_bytes + val_survey.utf8_bytes:
+            raise DataError(f"{out}: an input changed while it was read; start again when nothing writes to the inputs")
         made.save(aside / TOKENIZER)
         fields: dict[str, Any] = {
             "format": FORMAT,
@@ -121,10 +140,10 @@ def prepare(
         }
         write_json(aside / MANIFEST, {**fields, "digest": manifest_digest(fields)})
         sync(aside)
-        if out.exists():
-            remove_folder(out)
-        os.replace(aside, out)
-        sync(out.parent.absolute())
+        if place.exists():
+            remove_folder(place)
+        os.replace(aside, place)
+        sync(place.parent)
     except OSError as error:
         raise DataError(f"{out}: could not be written: {error.strerror or error}; nothing was kept") from error
     finally:
@@ -153,36 +172,51 @@ def _check_out(out: Path, overwrite: bool) -> None:
             raise
 
 
-def _survey(files: list[Path], text_field: str, report: Progress) -> _Survey:
-    """Read everything once: every later pass knows what to expect, and mistakes show before any work is done."""
-    total, done, documents, size = sum(f.stat().st_size for f in files), 0, 0, 0
+def _survey(files: Sequence[Path], named: set[Path], text_field: str, report: Progress) -> _Survey:
+    """Read everything once: every later pass knows what to expect, and mistakes show before any work is done.
+
+    A file without text is a mistake where it was `named`, and left out where a folder has it among others.
+    """
+    count = _counter("looking", files, report)
+    with_text, documents, size = [], 0, 0
+    for file in files:
+        visible, ends = False, 0
+        for piece in pieces(file, text_field, count):
+            visible = visible or bool(piece.text.strip())
+            ends += piece.ends
+            size += len(piece.text.encode())
+        if visible:
+            with_text.append(file)
+            documents += ends
+        elif file in named:
+            what = "is empty" if file.stat().st_size == 0 else "has no text, only blanks"
+            raise DataError(f"{file}: {what}; leave it out")
+    if not with_text:
+        raise DataError(f"{', '.join(map(str, sorted(named)))}: no file there has any text")
+    return _Survey(tuple(with_text), documents, size)
+
+
+def _counter(stage: str, files: Sequence[Path], report: Progress) -> Callable[[int], None]:
+    """Adds up the bytes read of some files and reports them."""
+    total, done = sum(file.stat().st_size for file in files), 0
 
     def count(read: int) -> None:
         nonlocal done
         done += read
-        report("looking", done, total)
+        report(stage, done, total)
 
-    for file in files:
-        visible = False
-        for piece in pieces(file, text_field, count):
-            visible = visible or bool(piece.text.strip())
-            documents += piece.ends
-            size += len(piece.text.encode())
-        if not visible:
-            what = "is empty" if file.stat().st_size == 0 else "has no text, only blanks"
-            raise DataError(f"{file}: {what}; leave it out")
-    return _Survey(documents, size, total)
+    return count
 
 
 def _choose(survey: _Survey, fraction: float, seed: int) -> _HeldOut:
     if survey.documents >= _FEW_DOCUMENTS:
         count = min(max(1, round(fraction * survey.documents)), survey.documents - 1)
-        return _HeldOut(frozenset(random.Random(seed).sample(range(survey.documents), count)))
+        return _HeldOut(count, survey.documents, hashlib.sha256(f"held out:{seed}".encode()).digest())
     return _HeldOut(from_byte=survey.utf8_bytes - max(1, round(fraction * survey.utf8_bytes)))
 
 
 def _labelled(
-    files: list[Path], text_field: str, held_out: _HeldOut, on_read: Any = None
+    files: Sequence[Path], text_field: str, held_out: _HeldOut, on_read: Any = None
 ) -> Iterator[tuple[Piece, bool]]:
     """All pieces in order, each with whether it is held out; a piece that lies across the border is cut there."""
     number = position = 0
@@ -195,7 +229,7 @@ def _labelled(
                 if tail:
                     yield Piece(tail, piece.ends), True
             else:
-                yield piece, number in held_out.documents or (border is not None and position >= border)
+                yield piece, held_out.has(number) or (border is not None and position >= border)
             number += piece.ends
             position += size
 
@@ -208,46 +242,43 @@ def _cut(text: str, byte: int) -> tuple[str, str]:
     return text[:place], text[place:]
 
 
-def _sample(files: list[Path], text_field: str, survey: _Survey, held_out: _HeldOut) -> Iterator[str]:
-    """Training text for a tokenizer: all of it, or every n-th piece up to about 20 million characters."""
+def _sample(survey: _Survey, text_field: str, held_out: _HeldOut, report: Progress) -> Iterator[str]:
+    """Training text for a tokenizer: all of it, or every n-th piece so that it is about 20 million characters."""
     every = -(-survey.utf8_bytes // _BPE_SAMPLE_CHARACTERS)
-    for number, (piece, is_held_out) in enumerate(_labelled(files, text_field, held_out)):
+    count = _counter("sampling for the vocabulary", survey.files, report)
+    for number, (piece, is_held_out) in enumerate(_labelled(survey.files, text_field, held_out, count)):
         if not is_held_out and number % every == 0:
             yield piece.text
 
 
 def _tokenize(
-    files: list[Path],
+    files: Sequence[Path],
     text_field: str,
     tokenizer: Tokenizer,
     splits: dict[str, SplitWriter],
     held_out: _HeldOut,
     split: str,
     report: Progress,
-) -> None:
-    total, done = sum(f.stat().st_size for f in files), 0
-
-    def count(read: int) -> None:
-        nonlocal done
-        done += read
-        report("tokenizing", done, total)
-
+) -> Iterator[int]:
+    """Write all files' tokens; yields after each batch how many tokens there are."""
+    count = _counter("tokenizing", files, report)
     batch: list[tuple[Piece, bool]] = []
     characters = 0
     for piece, is_held_out in _labelled(files, text_field, held_out, count):
         batch.append((piece, is_held_out))
         characters += len(piece.text)
         if characters >= _BATCH_CHARACTERS:
-            _write(batch, tokenizer, splits, split)
+            yield _write(batch, tokenizer, splits, split)
             batch, characters = [], 0
-    _write(batch, tokenizer, splits, split)
+    yield _write(batch, tokenizer, splits, split)
 
 
-def _write(batch: list[tuple[Piece, bool]], tokenizer: Tokenizer, splits: dict[str, SplitWriter], split: str) -> None:
+def _write(batch: list[tuple[Piece, bool]], tokenizer: Tokenizer, splits: dict[str, SplitWriter], split: str) -> int:
     for (piece, is_held_out), ids in zip(batch, _encode(tokenizer, [p.text for p, _ in batch]), strict=True):
         if piece.ends:
             ids = np.append(ids, tokenizer.eos_id)
         splits["val" if is_held_out else split].write(ids, len(piece.text.encode()), int(piece.ends))
+    return sum(writer.tokens for writer in splits.values())
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:

@@ -1,8 +1,9 @@
 """Reading text: .txt and .jsonl, plain or compressed, as documents in pieces of bounded size.
 
-A .txt file is one document, handed out in pieces of about a megabyte; a line of .jsonl is one document and one piece.
-Pieces of a .txt end before a line break that follows a visible character, where byte-level BPE would begin a new word
-anyway: the tokens are those of the whole text. Only tokenizers that mark the start of a text notice the seam.
+A .txt file is one document and a line of .jsonl is one; long ones are handed out in pieces of a million to two million
+characters. A piece ends before a line break that follows a visible character (before a space, in text without line
+breaks), where byte-level BPE would begin a new word anyway: the tokens are those of the whole text. Only tokenizers
+that mark the start of a text notice the seam. Lines of .jsonl without visible text are no documents.
 """
 
 import codecs
@@ -46,7 +47,10 @@ def kind_of(path: Path) -> str:
 
 
 def find_inputs(paths: list[Path]) -> list[Path]:
-    """The files themselves and, from folders, all .txt and .jsonl files below, sorted. Raises DataError for none."""
+    """The files themselves and, from folders, all .txt and .jsonl files below, sorted; each file once.
+
+    Raises DataError for what is not there, of no known kind, or a folder without such files.
+    """
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -59,7 +63,7 @@ def find_inputs(paths: list[Path]) -> list[Path]:
             files.append(path)
         else:
             raise DataError(f"{path}: no such file or folder")
-    return files
+    return list({file.resolve(): file for file in files}.values())
 
 
 def _is_known(path: Path) -> bool:
@@ -81,7 +85,11 @@ def pieces(path: Path, text_field: str = "text", on_read: OnRead | None = None) 
 
 
 def _decompressed(path: Path, on_read: OnRead | None) -> Iterator[bytes]:
-    with path.open("rb") as raw:
+    try:
+        raw = path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    with raw:
         read = 0
         try:
             for chunk in _chunks(path, raw):
@@ -92,6 +100,8 @@ def _decompressed(path: Path, on_read: OnRead | None) -> Iterator[bytes]:
                 yield chunk
         except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
             raise DataError(f"{path}: damaged or cut off: {error}") from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
         if on_read is not None:
             on_read(path.stat().st_size - read)
 
@@ -134,16 +144,19 @@ def _zstandard_chunks(path: Path, raw: IO[bytes]) -> Iterator[bytes]:
 
 
 def _characters(path: Path, chunks: Iterator[bytes]) -> Iterator[str]:
-    decoder, read = codecs.getincrementaldecoder("utf-8-sig")(), 0
+    decoder, read, begun = codecs.getincrementaldecoder("utf-8")(), 0, False
     for chunk in _with_end(chunks):
         pending = len(decoder.getstate()[0])
         try:
-            yield decoder.decode(chunk or b"", final=chunk is None)
+            characters = decoder.decode(chunk or b"", final=chunk is None)
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{path}: not UTF-8 at byte {read - pending + error.start}; convert the file to UTF-8 first"
             ) from None
         read += len(chunk or b"")
+        if characters and not begun:
+            characters, begun = characters.removeprefix("\N{BYTE ORDER MARK}"), True
+        yield characters
 
 
 def _with_end(chunks: Iterator[bytes]) -> Iterator[bytes | None]:
@@ -151,48 +164,76 @@ def _with_end(chunks: Iterator[bytes]) -> Iterator[bytes | None]:
     yield None
 
 
-# A line break behind a visible character: nothing that a word splitter joins reaches over it.
-_SEAM = re.compile(r"(?<=\S)\n")
+# A line break or a space behind a visible character: nothing that a word splitter joins reaches over it.
+_LINE_BREAK = re.compile(r"(?<=\S)\r?\n")
+_SPACE = re.compile(r"(?<=\S) (?=\S)")
+
+
+def _seams(text: str) -> Iterator[int]:
+    """Where to cut a text so that what is left behind the last cut is at most two pieces long."""
+    start = 0
+    while len(text) - start > 2 * PIECE_CHARACTERS:
+        first, last = start + PIECE_CHARACTERS, start + 2 * PIECE_CHARACTERS
+        found = _LINE_BREAK.search(text, first, last) or _SPACE.search(text, first, last)
+        start = found.start() if found is not None else last
+        yield start
 
 
 def _text_pieces(path: Path, chunks: Iterator[bytes]) -> Iterator[Piece]:
     held = ""
     for characters in _characters(path, chunks):
         held += characters
-        while len(held) > 2 * PIECE_CHARACTERS:
-            seam = _SEAM.search(held, PIECE_CHARACTERS)
-            end = seam.start() if seam is not None else 2 * PIECE_CHARACTERS
-            yield Piece(held[:end], ends=False)
-            held = held[end:]
+        start = 0
+        for end in _seams(held):
+            yield Piece(held[start:end], ends=False)
+            start = end
+        held = held[start:]
     yield Piece(held, ends=True)
+
+
+def _document(text: str) -> Iterator[Piece]:
+    start = 0
+    for end in _seams(text):
+        yield Piece(text[start:end], ends=False)
+        start = end
+    yield Piece(text[start:], ends=True)
 
 
 def _json_documents(path: Path, chunks: Iterator[bytes], text_field: str) -> Iterator[Piece]:
     for number, line in enumerate(_lines(path, chunks), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError:
-            raise DataError(f"{path}, line {number}: not UTF-8; convert the file to UTF-8 first") from None
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not valid JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{path}, line {number}: expected an object with a {text_field!r} field, found {line[:40]!r}"
-            )
-        if text_field not in record:
-            close = difflib.get_close_matches(text_field, list(record), 1)
-            hint = f"; did you mean --text-field {close[0]}?" if close else f"; it has {', '.join(map(repr, record))}"
-            raise DataError(f"{path}, line {number}: there is no field {text_field!r}{hint}")
-        text = record[text_field]
-        if not isinstance(text, str):
-            raise DataError(f"{path}, line {number}: field {text_field!r} is {type(text).__name__}, not text")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise DataError(f"{path}, line {number}: half a surrogate pair cannot be written as UTF-8") from None
-        yield Piece(text, ends=True)
+        if line.strip():
+            text = _text_of(line, f"{path}, line {number}", text_field)
+            if text.strip():
+                yield from _document(text)
+
+
+def _text_of(line: bytes, where: str, text_field: str) -> str:
+    """The text of one line of .jsonl. Raises DataError naming the line, and the field that was probably meant."""
+    try:
+        record = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
+    except UnicodeDecodeError:
+        raise DataError(f"{where}: not UTF-8; convert the file to UTF-8 first") from None
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}: not valid JSON at column {error.colno}: {error.msg}; a .jsonl holds one JSON object on each line"
+        ) from None
+    except (ValueError, RecursionError) as error:  # numbers and nesting beyond what Python reads
+        raise DataError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected an object with a {text_field!r} field, found {line[:40]!r}")
+    if text_field not in record:
+        close = difflib.get_close_matches(text_field, list(record), 1)
+        names = ", ".join(map(repr, list(record)[:10])) or "none at all"
+        hint = f"did you mean --text-field {close[0]}?" if close else f"name one with --text-field; it has {names}"
+        raise DataError(f"{where}: there is no field {text_field!r}; {hint}")
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise DataError(f"{where}: field {text_field!r} is {type(text).__name__}, not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: half a surrogate pair cannot be written as UTF-8") from None
+    return text
 
 
 def _lines(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:

@@ -90,7 +90,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder}: not a prepared folder: it has no {MANIFEST}; {again} INPUT --out {folder}")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or numbers beyond what Python reads
         raise DataError(f"{path}: not valid JSON ({error}); {again}") from None
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise DataError(f"{path}: this is no manifest of prepared data (format {FORMAT!r} expected)")
@@ -114,7 +116,7 @@ def _problem(fields: dict[str, Any]) -> str | None:
     def count(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 48
 
-    if fields.get("dtype") not in DTYPES:
+    if fields.get("dtype") not in tuple(DTYPES):
         return f"dtype {fields.get('dtype')!r} is neither {' nor '.join(DTYPES)}"
     if (
         not count(fields.get("vocab_size"))
