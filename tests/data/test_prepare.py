@@ -2,18 +2,22 @@
 
 import errno
 import json
+import multiprocessing
+import os
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bitquest.errors import DataError
 from bitquest.models import Tokenizer
-from bitquest.training import open_tokens, prepare
-from bitquest.training import prepare as prepare_module_function
+from bitquest.training import open_tokens, prepare, readers
+from bitquest.training.files import write_json
+from bitquest.training.prepare import _choose, _encode, _Survey
 from bitquest.training.shards import SplitWriter, dtype_for, manifest_digest, read_manifest
-
-assert prepare_module_function is prepare
 
 
 def documents(path: Path, count: int = 60) -> Path:
@@ -55,6 +59,73 @@ def test_bytes_are_the_tokenizers_bytes(tmp_path: Path) -> None:
     texts = [json.loads(line)["text"] for line in source.read_text().split("\n")]
     slow = [i for text in texts for i in [*Tokenizer.byte_level().encode(text), 256]]
     assert sorted(slow) == sorted(all_ids(tmp_path / "fast", "train") + all_ids(tmp_path / "fast", "val"))
+
+
+@settings(deadline=None)
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=60))
+def test_the_quick_way_to_bytes_is_the_tokenizers(text: str) -> None:
+    tokenizer = Tokenizer.byte_level()
+    assert tokenizer.is_byte_level
+    (ids,) = _encode(tokenizer, [text])
+    assert ids.tolist() == tokenizer.encode(text)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(20, 400), st.floats(0.001, 0.999), st.integers(0, 9))
+def test_so_many_documents_are_held_out(documents: int, fraction: float, seed: int) -> None:
+    held_out = _choose(_Survey((), documents, 100 * documents), fraction, seed)
+    chosen = [n for n in range(documents) if held_out.has(n)]
+    assert len(chosen) == min(max(1, round(fraction * documents)), documents - 1)
+    assert not held_out.has(documents)
+
+
+def test_seeds_hold_out_other_documents() -> None:
+    chosen = {tuple(n for n in range(300) if _choose(_Survey((), 300, 9), 0.05, seed).has(n)) for seed in range(9)}
+    assert len(chosen) == 9
+    assert max(max(c) - min(c) for c in chosen) > 150
+
+
+def test_a_long_document_in_pieces_is_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "The house of the people stands.\n\nIt stands and stands, it's 1789.\r\n" * 60
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for _ in range(25)))
+    for name, size in (("whole", 1 << 20), ("pieces", 50)):
+        monkeypatch.setattr(readers, "PIECE_CHARACTERS", size)
+        prepare([tmp_path / "a.jsonl"], "bpe:300", tmp_path / name)
+        # The vocabulary is the same too, for it counts words.
+    for split in ("train", "val"):
+        assert all_ids(tmp_path / "whole", split) == all_ids(tmp_path / "pieces", split)
+    manifests = [read_manifest(tmp_path / name)["splits"] for name in ("whole", "pieces")]
+    assert manifests[0] == manifests[1]
+    assert manifests[0]["train"][0]["documents"] == 24
+
+
+def test_documents_without_text_are_none(tmp_path: Path) -> None:
+    texts = [f"text {n}" if n % 8 == 0 else " \n"[: n % 3] for n in range(240)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    splits = read_manifest(prepare([tmp_path / "a.jsonl"], "byte", tmp_path / "out", val_fraction=0.1))["splits"]
+    assert [splits[s][0]["documents"] for s in ("train", "val")] == [27, 3]
+
+
+def test_folders_may_hold_empty_files(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("text enough for both")
+    (tmp_path / "in" / "b.txt").write_text(" \n")
+    out = prepare([tmp_path / "in"], "byte", tmp_path / "out")
+    assert read_manifest(out)["splits"]["train"][0]["documents"] == 1
+    with pytest.raises(DataError, match=r"b\.txt: has no text, only blanks"):
+        prepare([tmp_path / "in", tmp_path / "in" / "b.txt"], "byte", tmp_path / "other")
+    (tmp_path / "in" / "a.txt").write_text("")
+    with pytest.raises(DataError, match="no file there has any text"):
+        prepare([tmp_path / "in"], "byte", tmp_path / "other")
+
+
+def test_training_text_is_not_held_out_too(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("some text")
+    with pytest.raises(DataError, match=r"b\.txt: this file is training text and held-out text at once"):
+        prepare([tmp_path], "byte", tmp_path / "out", val_inputs=[tmp_path / "b.txt"])
+    twice = prepare([tmp_path, tmp_path / "a.txt"], "byte", tmp_path / "out", val_fraction=0.1)
+    assert open_tokens(twice).utf8_bytes + open_tokens(twice, "val").utf8_bytes == 18
 
 
 def test_the_end_of_one_text_is_held_out(tmp_path: Path) -> None:
@@ -147,6 +218,103 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert open_tokens(tmp_path / "out").count > 0
 
 
+def _with_small_files_only(source: Path, out: Path, pipe: "multiprocessing.connection.Connection") -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+    try:
+        prepare([source], "byte", out)
+    except DataError as error:
+        pipe.send(str(error))
+
+
+def test_a_limit_of_the_system_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("words of no importance\n" * 20_000)
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(
+        target=_with_small_files_only, args=(tmp_path / "a.txt", tmp_path / "out", theirs)
+    )
+    process.start()
+    process.join()
+    assert ours.poll(0)
+    assert ours.recv() == f"{tmp_path / 'out'}: could not be written: File too large; nothing was kept"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def _killed_while_tokenizing(source: Path, out: Path) -> None:
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "tokenizing" and done == total:
+            os._exit(9)
+
+    prepare([source], "byte", out, shard_tokens=100, progress=progress)
+
+
+def test_killed_and_started_again(tmp_path: Path) -> None:
+    source = documents(tmp_path / "a.jsonl")
+    process = multiprocessing.get_context("fork").Process(
+        target=_killed_while_tokenizing, args=(source, tmp_path / "out")
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.partial", "a.jsonl"]
+    for name in ("out", ".out.partial"):
+        with pytest.raises(DataError):
+            open_tokens(tmp_path / name)
+    prepare([source], "byte", tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"]
+    open_tokens(tmp_path / "out")
+
+
+def test_stopped_by_the_user(tmp_path: Path) -> None:
+    source = documents(tmp_path / "a.jsonl")
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "tokenizing":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare([source], "byte", tmp_path / "out", progress=stop)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_inputs_that_change_while_they_are_read(tmp_path: Path) -> None:
+    source = documents(tmp_path / "a.jsonl")
+
+    def append(stage: str, done: int, total: int) -> None:
+        if stage == "tokenizing" and done == total:
+            with source.open("a") as file:
+                file.write('\n{"text": "late"}')
+
+    with pytest.raises(DataError, match="an input changed while it was read"):
+        prepare([source], "byte", tmp_path / "out", progress=append)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_progress_counts_the_bytes_of_the_files(tmp_path: Path) -> None:
+    source = documents(tmp_path / "a.jsonl")
+    seen: dict[str, tuple[int, int]] = {}
+    counted: list[int] = []
+    prepare(
+        [source],
+        "bpe:300",
+        tmp_path / "out",
+        progress=lambda stage, done, total: seen.update({stage: (done, total)}),
+        on_tokens=counted.append,
+    )
+    size = source.stat().st_size
+    assert seen == dict.fromkeys(("looking", "sampling for the vocabulary", "tokenizing"), (size, size))
+    assert counted[-1] == open_tokens(tmp_path / "out").count + open_tokens(tmp_path / "out", "val").count
+
+
+def test_out_by_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = documents(tmp_path / "a.jsonl")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    prepare([source], "byte", tmp_path / "link")
+    prepare([source], "bpe:280", tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert open_tokens(tmp_path / "real").vocab_size == 280
+
+
 def test_an_interrupted_start_is_swept_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = documents(tmp_path / "a.jsonl")
     (tmp_path / ".out.partial").mkdir()
@@ -207,6 +375,12 @@ def test_every_flipped_byte_is_noticed(prepared: Path) -> None:
         ({"version": 2}, "version 2 of the data format; this bitquest reads version 1"),
         ({"format": "other"}, "no manifest of prepared data"),
         ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"dtype": ["uint16"]}, "dtype \\['uint16'\\]"),
+        ({"dtype": "uint32"}, "bytes instead of"),
+        ({"version": [1]}, "reads version 1"),
+        ({"vocab_size": 300}, "not those of its tokenizer"),
+        ({"eos_id": 7}, "not those of its tokenizer"),
+        ({"splits": {"train": 3, "val": []}}, "counts do not make sense"),
         ({"vocab_size": -1}, "do not make sense"),
         ({"eos_id": 257}, "do not make sense"),
         ({"splits": {"train": []}}, "splits must be train and val"),
@@ -242,8 +416,24 @@ def test_missing_and_truncated(prepared: Path, tmp_path: Path) -> None:
     (prepared / "train-00000.bin").unlink()
     with pytest.raises(DataError, match="this shard is missing"):
         open_tokens(prepared)
-    (prepared / "manifest.json").write_text("{")
-    with pytest.raises(DataError, match="not valid JSON"):
+    for broken in ("{", "1" * 5000, "[" * 100_000):
+        (prepared / "manifest.json").write_text(broken)
+        with pytest.raises(DataError, match="not valid JSON"):
+            open_tokens(prepared)
+    write_json(prepared / "manifest.json", [1])
+    with pytest.raises(DataError, match="no manifest of prepared data"):
+        open_tokens(prepared)
+
+
+def test_digests_are_looked_at_again_after_a_change(prepared: Path) -> None:
+    open_tokens(prepared)
+    shard = prepared / "train-00000.bin"
+    data = bytearray(shard.read_bytes())
+    data[10] ^= 1
+    shard.write_bytes(data)
+    os.utime(shard, ns=(1, 1))
+    assert open_tokens(prepared, verify=False).count
+    with pytest.raises(DataError, match=r"train-00000\.bin: the contents do not match"):
         open_tokens(prepared)
 
 

@@ -87,8 +87,12 @@ def test_folders_are_searched_in_order(tmp_path: Path) -> None:
             b'{"text": "a"}\n{"txt": "b"}\n',
             "line 2: there is no field 'text'; did you mean --text-field txt",
         ),
-        ("a.jsonl", b'{"zz": "a"}', "it has 'zz'"),
-        ("a.jsonl", b"\n\nhello\n", "line 3: not valid JSON"),
+        ("a.jsonl", b'{"zz": "a"}', "name one with --text-field; it has 'zz'"),
+        ("a.jsonl", b"{}", "it has none at all"),
+        ("a.jsonl", b"\n\nhello\n", "line 3: not valid JSON at column 1"),
+        ("a.jsonl", b'[\n{"text": "a"}\n]', "one JSON object on each line"),
+        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "line 1: not valid JSON"),
+        ("a.txt", b"\xef\xbb\xbfabc\xff", "not UTF-8 at byte 6"),
         ("a.jsonl", b"[1]\n", "line 1: expected an object"),
         ("a.jsonl", b'{"text": "\xff"}', "line 1: not UTF-8"),
         ("a.jsonl", b'{"text": "\\ud800"}', "line 1: half a surrogate"),
@@ -141,6 +145,39 @@ def test_zstandard_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'bitquest\[zst\]'"):
         list(pieces(path))
+
+
+@pytest.mark.parametrize("between", ["\r\n", " "])
+def test_seams_without_plain_line_breaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, between: str) -> None:
+    monkeypatch.setattr(readers, "PIECE_CHARACTERS", 60)
+    text = between.join(["The people's", "house", "stands", "in", "1789", "..."] * 60)
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    parts = [piece.text for piece in pieces(path)]
+    assert len(parts) > 10
+    assert "".join(parts) == text
+    assert all(part.startswith(between) for part in parts[1:])
+    tokenizer = Tokenizer.train_bpe([text], 320)
+    assert [i for part in parts for i in tokenizer.encode(part)] == tokenizer.encode(text)
+
+
+def test_files_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("x")
+
+    def forbidden(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    with pytest.raises(DataError, match=r"a\.txt: cannot be read: Permission denied"):
+        list(pieces(path))
+
+
+def test_each_file_once(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "c.txt").symlink_to(tmp_path / "a.txt")
+    assert len(find_inputs([tmp_path / "b.txt", tmp_path, tmp_path / "a.txt"])) == 2
 
 
 def test_missing_inputs(tmp_path: Path) -> None:

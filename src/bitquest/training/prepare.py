@@ -180,14 +180,14 @@ def _survey(files: Sequence[Path], named: set[Path], text_field: str, report: Pr
     count = _counter("looking", files, report)
     with_text, documents, size = [], 0, 0
     for file in files:
-        visible, ends = False, 0
+        visible, ends, length = False, 0, 0
         for piece in pieces(file, text_field, count):
             visible = visible or bool(piece.text.strip())
             ends += piece.ends
-            size += len(piece.text.encode())
+            length += len(piece.text.encode())
         if visible:
             with_text.append(file)
-            documents += ends
+            documents, size = documents + ends, size + length
         elif file in named:
             what = "is empty" if file.stat().st_size == 0 else "has no text, only blanks"
             raise DataError(f"{file}: {what}; leave it out")
