@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bitquest.errors import DataError
 from bitquest.models import Llama, Tokenizer
 from bitquest.training.evaluate import held_out_loss
+from bitquest.training.readers import Piece
 
 Progress = Callable[[int, int], None]
 _TOKENS_AT_ONCE = 4096
@@ -75,25 +76,33 @@ class Stream:
 
 
 def text_stream(tokenizer: Tokenizer, documents: str | Iterable[str], limit: int | None = None) -> Stream:
-    """The stream of one or several documents; limit: at most so many predicted tokens, their bytes counted exactly.
+    """The stream of one or several documents; see `pieces_stream`."""
+    listed = [documents] if isinstance(documents, str) else documents
+    return pieces_stream(tokenizer, (Piece(document, ends=True) for document in listed), limit)
 
-    Raises DataError for a text without a token.
+
+def pieces_stream(tokenizer: Tokenizer, pieces: Iterable[Piece], limit: int | None = None) -> Stream:
+    """The stream of documents that come in pieces, each encoded by itself as when data is prepared.
+
+    limit: at most so many predicted tokens; only their bytes are counted, and no more text than needed is read.
+    A document without text is none. Raises DataError for a text without a token.
     """
-    ids, size = [tokenizer.eos_id], 0
-    for document in [documents] if isinstance(documents, str) else documents:
-        if not document:
-            continue
-        room = None if limit is None else limit - (len(ids) - 1)
-        if room is not None and room <= 0:
+    ids, size, is_begun = [tokenizer.eos_id], 0, False
+    for piece in pieces:
+        room = math.inf if limit is None else limit - (len(ids) - 1)
+        if room <= 0:
             break
-        encoded = tokenizer.backend.encode(document, add_special_tokens=False)
-        if room is not None and len(encoded.ids) >= room:
-            ids += encoded.ids[:room]
-            end = len(document) if len(encoded.ids) == room else encoded.offsets[room - 1][1]
-            size += len(document[:end].encode("utf-8"))
+        encoded = tokenizer.backend.encode(piece.text, add_special_tokens=False)
+        if len(encoded.ids) > room:
+            ids += encoded.ids[: int(room)]
+            size += len(piece.text[: encoded.offsets[int(room) - 1][1]].encode("utf-8"))
             break
-        ids += [*encoded.ids, tokenizer.eos_id]
-        size += len(document.encode("utf-8"))
+        ids += encoded.ids
+        size += len(piece.text.encode("utf-8"))
+        is_begun = is_begun or bool(piece.text)
+        if piece.ends and is_begun and (limit is None or len(ids) - 1 < limit):
+            ids.append(tokenizer.eos_id)
+            is_begun = False
     if len(ids) < 2:
         raise DataError("the text is empty: there is no token to predict")
     return Stream(torch.tensor(ids, dtype=torch.int64), size)
@@ -102,9 +111,9 @@ def text_stream(tokenizer: Tokenizer, documents: str | Iterable[str], limit: int
 def windows(tokens: Tensor, context: int, batch_size: int) -> Iterator[Tensor]:
     """int64 (B, T+1) windows of a stream (1 + n,): full ones in batches, then the rest alone."""
     full = (tokens.numel() - 1) // context
-    starts = torch.arange(full) * context
-    for part in starts.split(batch_size) if full else ():
-        yield torch.stack([tokens[start : start + context + 1] for start in part.tolist()])
+    for first in range(0, full, batch_size):
+        numbers = range(first, min(first + batch_size, full))
+        yield torch.stack([tokens[n * context : (n + 1) * context + 1] for n in numbers])
     if tokens.numel() - full * context > 1:
         yield tokens[full * context :].unsqueeze(0)
 

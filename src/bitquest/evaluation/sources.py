@@ -1,13 +1,12 @@
 """What an evaluation is given on the command line: a model of any kind, and text of any kind."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from bitquest.errors import CheckpointError, DataError
-from bitquest.evaluation.perplexity import Stream, text_stream
+from bitquest.evaluation.perplexity import Stream, pieces_stream
 from bitquest.export import is_packed, load, read_tokenizer
 from bitquest.models import Llama, Tokenizer, load_hf
 from bitquest.training.data import Tokens, open_tokens
@@ -62,19 +61,10 @@ def open_stream(path: Path, tokenizer: Tokenizer, limit: int | None = None) -> S
     if (path / "manifest.json").is_file():
         return _prepared_stream(path, tokenizer, limit)
     try:
-        return text_stream(tokenizer, _documents(path), limit)
+        found = (piece for file in find_inputs([path]) for piece in pieces(file))
+        return pieces_stream(tokenizer, found, limit)
     except DataError as error:
         raise DataError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-
-
-def _documents(path: Path) -> Iterator[str]:
-    for file in find_inputs([path]):
-        held: list[str] = []
-        for piece in pieces(file):
-            held.append(piece.text)
-            if piece.ends:
-                yield "".join(held)
-                held = []
 
 
 def _prepared_stream(path: Path, tokenizer: Tokenizer, limit: int | None) -> Stream:

@@ -1,0 +1,204 @@
+"""`verify`: proof that a packed model is the trained one, on the user's own run and text.
+
+Seven checks, each of which can fail by itself: what the files say (description), every weight code and step (weights),
+every other tensor bit for bit (tensors), each packed layer on the trained layer's recorded input (layers), the codes of
+those inputs (activation codes), greedy texts, and perplexities. All in float32 with autocast off.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitquest.errors import CheckpointError, ConfigError, FormatError
+from bitquest.evaluation.perplexity import windows
+from bitquest.evaluation.sources import open_stream
+from bitquest.evaluation.verify_greedy import check_greedy, prompts_from
+from bitquest.evaluation.verify_lockstep import CODE_TOLERANCE, INPUT_TOLERANCE, OUTPUT_TOLERANCE, Flips, Lockstep
+from bitquest.evaluation.verify_report import Check, VerifyReport
+from bitquest.evaluation.verify_static import check_description, check_tensors, check_weights, is_comparable
+from bitquest.export import load
+from bitquest.export.reader import open_packed
+from bitquest.models import Llama
+from bitquest.training.runs import load_run
+
+Progress = Callable[[str, int, int], None]
+
+# Perplexities of one text: with equal codes only float rounding is left. Flips change the odd token's loss, either way:
+# with them 1 % is allowed, and on fewer than a thousand tokens as much as ten nats shared among them.
+PERPLEXITY_TOLERANCE = 1e-5
+FLIPPED_PERPLEXITY_TOLERANCE = 1e-2
+_FLIPPED_NATS = 10.0
+_TOKENS_AT_ONCE = 512
+_DYNAMIC = ("layers", "activation codes", "greedy tokens", "perplexity")
+
+
+def verify(
+    run_dir: str | Path,
+    packed_dir: str | Path,
+    data: str | Path | None = None,
+    *,
+    step: int | None = None,
+    tokens: int = 2048,
+    texts: int = 3,
+    new_tokens: int = 32,
+    device: str | torch.device = "cpu",
+    backend: str = "auto",
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Compare a packed model with the checkpoint it came from; see the checks of the report.
+
+    data: text or prepared data that was not trained on, default the run's validation split. step: the checkpoint,
+    default the one the packed model names. tokens: how many to run both models on. texts, new_tokens: greedy texts.
+    progress(what, done, total). Raises CheckpointError, FormatError and DataError where there is nothing to compare.
+    """
+    run_dir, packed_dir = Path(run_dir), Path(packed_dir)
+    if tokens < 1 or texts < 1 or new_tokens < 1:
+        raise ConfigError("verify needs at least one token, one text and one new token")
+    report = progress or (lambda what, done, total: None)
+    report("reading the packed model", 0, 1)
+    with open_packed(packed_dir) as opened:
+        tokenizer, named = opened.tokenizer(), opened.metadata.get("step")
+    packed = load(packed_dir, device=device, backend=backend)
+    if not isinstance(packed, Llama):
+        raise FormatError(f"{packed_dir} holds no Llama, and a run trains one: it is not of this run")
+    if step is None and isinstance(named, int):
+        step = named
+    report("reading the checkpoint", 0, 1)
+    run = load_run(run_dir, step)
+    trained = run.model.to(device)
+    source = Path(data) if data is not None else Path(run.config.data.path)
+    if data is None and not source.exists():
+        raise CheckpointError(f"{source}, the data of {run_dir}, is gone; name held-out text with --data")
+    stream = open_stream(source, run.tokenizer, tokens).tokens.to(device)
+    checks = [
+        check_description(trained, packed, run.tokenizer, tokenizer),
+        check_weights(trained, packed),
+        check_tensors(trained, packed),
+    ]
+    if not is_comparable(trained, packed):
+        checks += [Check.not_run(name) for name in _DYNAMIC]
+        return VerifyReport(str(run_dir), str(packed_dir), run.step, tuple(checks))
+    with _plain_float32(torch.device(device)):
+        lockstep = Lockstep(trained, packed)
+        losses = _run(lockstep, stream, report)
+        prompts = prompts_from(stream, texts, trained.config.max_position_embeddings)
+        greedy = check_greedy(trained, packed, prompts, new_tokens, report)
+        perplexity = _check_perplexity(lockstep, stream.numel() - 1, *losses)
+    checks += [_check_layers(lockstep), _check_codes(lockstep), greedy, perplexity]
+    return VerifyReport(str(run_dir), str(packed_dir), run.step, tuple(checks))
+
+
+@contextmanager
+def _plain_float32(device: torch.device) -> Iterator[None]:
+    """No autocast and no TF32 inside."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _run(lockstep: Lockstep, stream: Tensor, report: Progress) -> tuple[float, float, float]:
+    """Run the stream (1 + n,) through both models; mean nats per token of the trained, forced and free passes."""
+    context = lockstep.trained.config.max_position_embeddings
+    total, done, nats = stream.numel() - 1, 0, [0.0, 0.0, 0.0]
+    for window_BT1 in windows(stream, context, max(1, _TOKENS_AT_ONCE // context)):
+        target = window_BT1[:, 1:].flatten()
+        for i, logits_BTV in enumerate(lockstep.run(window_BT1[:, :-1])):
+            nats[i] += float(F.cross_entropy(logits_BTV.double().flatten(0, 1), target, reduction="sum"))
+        done += target.numel()
+        report("running both models", done, total)
+    return nats[0] / total, nats[1] / total, nats[2] / total
+
+
+def _check_layers(lockstep: Lockstep) -> Check:
+    """Each packed layer on recorded input, and what it gets from the layers before it."""
+    failures = [
+        f"{name}: {what} off by {gap.relative:.2e} relative, {limit:g} is allowed"
+        for name, figures in lockstep.layers.items()
+        for what, gap, limit in (
+            ("what arrives here from the layers before is", figures.input, INPUT_TOLERANCE),
+            ("its output for the trained layer's input is", figures.output, OUTPUT_TOLERANCE),
+        )
+        if not gap.relative <= limit
+    ]
+    if not lockstep.logits.relative <= OUTPUT_TOLERANCE:
+        failures.append(f"logits: off by {lockstep.logits.relative:.2e} relative, {OUTPUT_TOLERANCE:g} is allowed")
+    worst = max((figures.output.relative for figures in lockstep.layers.values()), default=0.0)
+    found = {
+        "largest_error": worst,
+        "logits_error": lockstep.logits.relative,
+        "by_layer": {name: figures.output.relative for name, figures in lockstep.layers.items()},
+    }
+    summary = f"{len(lockstep.layers)} layers, largest error {worst:.1e}; logits {lockstep.logits.relative:.1e}"
+    return Check.of("layers", summary, failures, found)
+
+
+def _check_codes(lockstep: Lockstep) -> Check:
+    """Activation codes of recorded inputs, and how many rounding would flip."""
+    failures: list[str] = []
+    same, rounding = Flips(), Flips()
+    for name, figures in lockstep.layers.items():
+        if not figures.compared:
+            failures.append(f"{name}: the two layers quantize or rotate their input differently")
+        if figures.flips.farthest > CODE_TOLERANCE:
+            failures.append(
+                f"{name}: a code differs {figures.flips.farthest:.2e}·Δ from its threshold, "
+                f"{CODE_TOLERANCE:g} is allowed ({figures.flips.flipped} of {figures.flips.codes} differ)"
+            )
+        if not figures.step.relative <= OUTPUT_TOLERANCE:
+            failures.append(f"{name}: activation steps are off by {figures.step.relative:.2e} relative")
+        for total, one in ((same, figures.flips), (rounding, figures.rounding)):
+            total.codes, total.flipped = total.codes + one.codes, total.flipped + one.flipped
+            total.farthest = max(total.farthest, one.farthest)
+    summary = f"{same.flipped} of {same.codes} differ; rounding in the layers before would flip {rounding.flipped}"
+    if rounding.flipped:
+        summary += f", at most {rounding.farthest:.0e}·Δ from a threshold"
+    found = {
+        "codes": same.codes,
+        "flipped": same.flipped,
+        "farthest": same.farthest,
+        "rounding_flipped": rounding.flipped,
+        "rounding_farthest": rounding.farthest,
+    }
+    return Check.of("activation codes", summary, failures, found)
+
+
+def _check_perplexity(lockstep: Lockstep, tokens: int, trained: float, forced: float, free: float) -> Check:
+    """Perplexities side by side; without flips they agree to rounding."""
+    flipped = sum(figures.free for figures in lockstep.layers.values())
+    limit = max(FLIPPED_PERPLEXITY_TOLERANCE, _FLIPPED_NATS / tokens) if flipped else PERPLEXITY_TOLERANCE
+    failures: list[str] = []
+    for what, loss, allowed in (
+        ("with the trained codes forced", forced, PERPLEXITY_TOLERANCE),
+        ("as it runs", free, limit),
+    ):
+        if not abs(math.expm1(loss - trained)) <= allowed:
+            failures.append(
+                f"perplexity of the packed model {what} is {_exp(loss):.6f}, of the trained one {_exp(trained):.6f}: "
+                f"off by {abs(math.expm1(loss - trained)):.2e} relative, {allowed:g} is allowed"
+            )
+    summary = (
+        f"trained {_exp(trained):.6f}, packed {_exp(free):.6f}, relative difference {math.expm1(free - trained):+.1e}"
+    )
+    if flipped:
+        summary += f" ({flipped} codes flipped on the way; without flips {math.expm1(forced - trained):+.0e})"
+    figures = {
+        "trained": _exp(trained),
+        "packed": _exp(free),
+        "forced": _exp(forced),
+        "relative_difference": math.expm1(free - trained),
+        "free_flipped": flipped,
+    }
+    return Check.of("perplexity", summary, failures, figures)
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 709 else math.inf

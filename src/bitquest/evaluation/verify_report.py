@@ -1,0 +1,75 @@
+"""What a verification found: one entry per check, and whether all of them held."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was verified.
+
+    passed: None where the check could not be run, because an earlier one failed. failures: each names the layer or
+    tensor and the figure. figures: numbers for `--json`.
+    """
+
+    name: str
+    passed: bool | None
+    summary: str
+    failures: tuple[str, ...] = ()
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(name: str, summary: str, failures: list[str], figures: dict[str, Any] | None = None) -> "Check":
+        """Passed if there are no failures; of many failures the first few are kept, and how many there are."""
+        kept = failures[:SHOWN]
+        if len(failures) > SHOWN:
+            kept.append(f"and {len(failures) - SHOWN} more")
+        return Check(name, not failures, summary, tuple(kept), figures or {})
+
+    @staticmethod
+    def not_run(name: str) -> "Check":
+        return Check(name, None, "not run: the two are not the same kind of model")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "passed": self.passed,
+            "summary": self.summary,
+            "failures": list(self.failures),
+            "figures": self.figures,
+        }
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """All checks of one packed model against the run it came from, in the order they were made."""
+
+    run: str
+    packed: str
+    step: int
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check was run and held."""
+        return all(check.passed is True for check in self.checks)
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if check.passed is False)
+
+    def check(self, name: str) -> Check:
+        """The check of that name."""
+        return next(check for check in self.checks if check.name == name)
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "run": self.run,
+            "packed": self.packed,
+            "step": self.step,
+            "passed": self.passed,
+            "checks": [check.to_json() for check in self.checks],
+        }
