@@ -1,10 +1,12 @@
 """From text to tokens on the disk: what is written, what is held out, and what a broken disk leaves behind."""
 
 import errno
+import gzip
 import json
 import multiprocessing
 import os
 import resource
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -410,6 +412,9 @@ def test_missing_and_truncated(prepared: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no split 'test'"):
         open_tokens(prepared, "test")
     data = (prepared / "train-00000.bin").read_bytes()
+    (prepared / "train-00000.bin").write_bytes(data + b"\0\0")
+    with pytest.raises(DataError, match=f"has {len(data) + 2} bytes instead of {len(data)}"):
+        open_tokens(prepared, verify=False)
     (prepared / "train-00000.bin").write_bytes(data[:-2])
     with pytest.raises(DataError, match=f"has {len(data) - 2} bytes instead of {len(data)}"):
         open_tokens(prepared)
@@ -435,6 +440,30 @@ def test_digests_are_looked_at_again_after_a_change(prepared: Path) -> None:
     assert open_tokens(prepared, verify=False).count
     with pytest.raises(DataError, match=r"train-00000\.bin: the contents do not match"):
         open_tokens(prepared)
+
+
+def peak_memory(text: Path, out: Path) -> int:
+    tracemalloc.start()
+    try:
+        prepare([text], "byte", out)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "line", ['{"text": "a document of few words and no consequence"}\n', "a line of one long text\n"]
+)
+def test_memory_does_not_grow_with_the_text(tmp_path: Path, line: str) -> None:
+    peaks = []
+    for megabytes in (6, 24):
+        path = tmp_path / f"{megabytes}{'.jsonl' if line.startswith('{') else '.txt'}.gz"
+        body = line if path.name.endswith(".txt.gz") else line.replace("words", "words " * 400)
+        with gzip.open(path, "wt", compresslevel=1) as file:
+            for _ in range(megabytes):
+                file.write(body * ((1 << 20) // len(body)))
+        peaks.append(peak_memory(path, tmp_path / str(megabytes)))
+    assert peaks[1] < 1.1 * peaks[0] < 60e6
 
 
 def test_ten_megabytes_of_wikipedia(shared_data: Path, tmp_path: Path) -> None:

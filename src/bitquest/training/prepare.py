@@ -31,7 +31,7 @@ OnTokens = Callable[[int], None]  # told how many tokens there are so far
 
 # With fewer documents the end of the text is held out, otherwise whole documents.
 _FEW_DOCUMENTS = 20
-_BATCH_CHARACTERS = 2 << 20
+_BATCH_CHARACTERS = 1 << 20
 _BPE_SAMPLE_CHARACTERS = 20 << 20
 _SHARD_TOKENS = 1 << 26
 

@@ -1,6 +1,6 @@
 """Reading text: .txt and .jsonl, plain or compressed, as documents in pieces of bounded size.
 
-A .txt file is one document and a line of .jsonl is one; long ones are handed out in pieces of a million to two million
+A .txt file is one document and a line of .jsonl is one; long ones are handed out in pieces of at most 524,288
 characters. A piece ends before a line break that follows a visible character (before a space, in text without line
 breaks), where byte-level BPE would begin a new word anyway: the tokens are those of the whole text. Only tokenizers
 that mark the start of a text notice the seam. Lines of .jsonl without visible text are no documents.
@@ -21,7 +21,7 @@ from bitquest.errors import DataError, MissingExtraError
 
 FORMATS = (".txt", ".jsonl")
 COMPRESSIONS = (".gz", ".xz", ".zst")
-PIECE_CHARACTERS = 1 << 20
+PIECE_CHARACTERS = 1 << 18
 _READ_BYTES = 1 << 18
 _LARGEST_LINE = 256 << 20
 
