@@ -16,6 +16,7 @@ from bitquest.numerics.grids import CodebookGrid
 from bitquest.numerics.packing import packed_width
 from bitquest.numerics.quantizer import Quantizer
 from bitquest.numerics.rotations import BlockHadamard, NoRotation, Rotation, rotation_from_json
+from bitquest.numerics.scaling import PerGroup
 from bitquest.numerics.sparsity import NofM
 
 FORMAT = "bitquest-packed"
@@ -57,8 +58,8 @@ class LayerSpec:
             raise ConfigError("a packed embedding has a weight quantizer and nothing else")
         for spec in (self.weight, self.activation):
             if spec is not None:
+                _check_values(spec)
                 spec.check(k)
-                _check_levels(spec)
         if self.weight is not None and self.weight.is_sparse and self.weight.bits == 8:
             raise ConfigError("sparse 8-bit weights have no packed form")
         Scheme(activation=self.activation)  # refuses what no activation can be, with the reason
@@ -144,8 +145,10 @@ class LayerSpec:
 _LAYER_KEYS = {"kind", "out_features", "in_features", "weight", "activation", "rotation", "bias"}
 
 
-def _check_levels(spec: Quantizer) -> None:
-    """Levels that float64 tells apart but float32, in which layers compute, does not."""
+def _check_values(spec: Quantizer) -> None:
+    """Refuse what the values' own checks let through: 32.0 for 32, and levels that float32 does not tell apart."""
+    if isinstance(spec.granularity, PerGroup) and type(spec.granularity.size) is not int:
+        raise ConfigError(f"a group size is a whole number, not {spec.granularity.size!r}")
     if isinstance(spec.grid, CodebookGrid):
         levels = torch.tensor(spec.grid.levels, dtype=torch.float32)
         if not bool(levels.isfinite().all()) or not bool((levels[1:] > levels[:-1]).all()):

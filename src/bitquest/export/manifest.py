@@ -37,9 +37,10 @@ def open_regular(path: Path) -> Iterator[BufferedReader]:
                 f"{path} is a symbolic link, and a packed model is made of plain files; copy it with `cp -rL`"
             ) from None
         raise FormatError(f"{path} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise FormatError(f"{path} is not a plain file")
     with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise FormatError(f"{path} is not a plain file")
         yield file
 
 

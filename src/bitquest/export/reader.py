@@ -134,7 +134,7 @@ def _described(
     check_version(fields, where)
     if set(fields) != _KEYS:
         odd = sorted(set(fields) ^ _KEYS)
-        raise FormatError(f"{where}: unknown or missing keys: {', '.join(odd)}")
+        raise FormatError(f"{where}: unknown or missing keys: {', '.join(map(repr, odd))}")
     for key, kind in (("quantizers", list), ("layers", dict), ("shared", dict), ("metadata", dict)):
         if not isinstance(fields[key], kind):
             raise FormatError(f"{where}: {key} must be {'an object' if kind is dict else 'a list'}")
