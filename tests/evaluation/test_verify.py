@@ -1,0 +1,420 @@
+"""`verify` passes for what was trained and packed, and each of its checks fails, by name, for what was not."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import bitquest as bq
+from bitquest.errors import CheckpointError, ConfigError, FormatError
+from bitquest.evaluation import verify_greedy
+from bitquest.evaluation.verify import verify
+from bitquest.evaluation.verify_lockstep import Lockstep, threshold_distances
+from bitquest.evaluation.verify_report import Check, VerifyReport
+from bitquest.export import load, read_tokenizer, save
+from bitquest.models import Tokenizer
+from bitquest.nn import PackedLinear, quantize_
+from bitquest.numerics.fake_quant import Encoded
+from bitquest.training import TrainConfig, load_run, prepare, train
+
+UP = "model.layers.1.mlp.up_proj"
+SMALL = {"tokens": 200, "texts": 2, "new_tokens": 8}
+CHECKS = ["description", "weights", "tensors", "layers", "activation codes", "greedy tokens", "perplexity"]
+
+
+def trained_run(folder, scheme, **model):
+    """A run of a few steps; its packed model beside it."""
+    if not (folder / "data").exists():
+        (folder / "text.txt").write_text("the state of the union is strong and the people are one.\n" * 200)
+        prepare([folder / "text.txt"], "byte", folder / "data", val_fraction=0.2)
+    fields = {
+        "scheme": scheme,
+        "seed": 1,
+        "model": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            **model,
+        },
+        "data": {"path": str(folder / "data"), "context": 32},
+        "optimizer": {"lr": 1e-2},
+        "train": {"steps": 12, "batch_size": 4},
+        "evaluate": {"every": 0, "batches": 1},
+        "checkpoint": {"every": 6, "keep": 3},
+    }
+    train(TrainConfig.from_dict(fields), folder / "run")
+    loaded = load_run(folder / "run")
+    save(loaded.model, folder / "packed", loaded.tokenizer, {"step": loaded.step})
+
+
+@pytest.fixture(scope="module")
+def w1a1(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("w1a1")
+    trained_run(folder, "w1a1")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def w2a16(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("w2a16")
+    trained_run(folder, "w2a16")
+    return folder
+
+
+@pytest.fixture
+def tamper(w1a1, tmp_path):
+    """tamper(change): a copy of the packed model, changed and sealed with checksums that fit; gives the report."""
+
+    def run(change, tokenizer=None, metadata=None, **options):
+        model = load(w1a1 / "packed")
+        change(model)
+        tokenizer = read_tokenizer(w1a1 / "packed") if tokenizer is None else tokenizer
+        save(model, tmp_path / "tampered", tokenizer, metadata or {"step": 12})
+        return verify(w1a1 / "run", tmp_path / "tampered", **{**SMALL, **options})
+
+    return run
+
+
+def failed(report):
+    assert not report.passed
+    return {check.name: " | ".join(check.failures) for check in report.failed}
+
+
+# --- what was trained and packed passes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scheme", "model"),
+    [
+        ("w1a1", {"num_key_value_heads": 1}),  # grouped queries: exact zeros at the first token of a window
+        ("w8a8", {}),
+        ("w4a4-2:4-h8", {"tie_word_embeddings": True}),
+        ("w2a8-g32", {"qk_norm": True, "norm_before_o_proj": True, "norm_before_down_proj": True}),
+        ("w16a4-fp4", {}),
+        ("none", {}),
+    ],
+)
+def test_a_packed_run_passes(tmp_path, scheme, model):
+    trained_run(tmp_path, scheme, **model)
+    progress = []
+    report = verify(tmp_path / "run", tmp_path / "packed", **SMALL, progress=lambda *now: progress.append(now))
+    assert report.passed, failed(report)
+    assert [check.name for check in report.checks] == CHECKS
+    assert report.step == 12
+    assert ("running both models", 200, 200) in progress
+    figures = json.loads(json.dumps(report.to_json()))
+    assert figures["passed"]
+    by_name = {check["name"]: check["figures"] for check in figures["checks"]}
+    assert by_name["greedy tokens"]["tokens"] >= 2
+    assert by_name["perplexity"]["forced"] == pytest.approx(by_name["perplexity"]["trained"], rel=1e-6)
+    if scheme != "none":
+        assert by_name["weights"]["steps"] > 0 or scheme == "w16a4-fp4"
+        assert by_name["layers"]["largest_error"] < 1e-6
+        layers = 14 + 2 * scheme.endswith("h8")
+        assert len(by_name["layers"]["by_layer"]) == layers
+    if "a16" not in scheme and scheme != "none":
+        inputs = 2 * (3 + 1 + 2) * 32 + 2 * 64
+        assert by_name["activation codes"]["codes"] == 200 * inputs
+        assert by_name["activation codes"]["flipped"] == 0
+
+
+def test_other_text_and_another_checkpoint(w1a1, tmp_path):
+    (tmp_path / "other.txt").write_text("something else entirely, " * 30)
+    assert verify(w1a1 / "run", w1a1 / "packed", tmp_path / "other.txt", **SMALL).passed
+    loaded = load_run(w1a1 / "run", 6)
+    save(loaded.model, tmp_path / "early", loaded.tokenizer, {"step": 6})
+    report = verify(w1a1 / "run", tmp_path / "early", **SMALL)
+    assert report.passed
+    assert report.step == 6
+    wrong = failed(verify(w1a1 / "run", tmp_path / "early", **SMALL, step=12))
+    assert {"weights", "tensors", "layers", "perplexity"} <= set(wrong)
+
+
+# --- each check fails by itself ------------------------------------------------------------------------------------
+
+
+def layer(model):
+    return model.get_submodule(UP)
+
+
+def change_code(model):
+    layer(model).codes[3, 5] = -1 - layer(model).codes[3, 5]
+
+
+def change_step(model):
+    layer(model).step[2, 0] *= 1.01
+
+
+def nudge_step(model):
+    layer(model).step[2, 0] = torch.nextafter(layer(model).step[2, 0], torch.tensor(9.0))
+
+
+def nudge_norm(model):
+    weight = model.model.layers[1].input_layernorm.weight
+    weight.data[7] = torch.nextafter(weight.data[7], torch.tensor(9.0))
+
+
+def change_norm(model):
+    model.model.layers[1].input_layernorm.weight.data[7] *= 1.5
+
+
+def nudge_embedding(model):
+    weight = model.model.embed_tokens.weight
+    weight.data[100, 1] = torch.nextafter(weight.data[100, 1], torch.tensor(9.0))
+
+
+def swap(model, **changes):
+    old = layer(model)
+    fields = {
+        "weight": old.weight_spec,
+        "activation": old.activation_spec,
+        "rotation": old.rotation,
+        "codes": old.codes,
+        "step": old.step,
+        **changes,
+    }
+    model.model.layers[1].mlp.up_proj = PackedLinear(old.in_features, old.out_features, **fields)
+
+
+def test_one_changed_code(tamper):
+    wrong = failed(tamper(change_code))
+    assert f"{UP}: weight codes: 1 of 2048 differ, the first at [3, 5]" in wrong["weights"]
+    assert f"{UP}: its output" in wrong["layers"]
+    assert set(wrong) <= {"weights", "layers", "greedy tokens", "perplexity"}
+
+
+def test_one_changed_step(tamper):
+    wrong = failed(tamper(change_step))
+    assert f"{UP}: steps: 1 of 64 differ, the first at [2, 0]" in wrong["weights"]
+    assert f"{UP}: its output" in wrong["layers"]
+
+
+def test_the_last_bit_of_one_step(tamper):
+    assert list(failed(tamper(nudge_step))) == ["weights"]
+
+
+def test_one_changed_norm_weight(tamper):
+    wrong = failed(tamper(change_norm))
+    assert "model.layers.1.input_layernorm.weight: 1 of 32 differ, the first at [7]" in wrong["tensors"]
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert f"model.layers.1.self_attn.{name}: what arrives here" in wrong["layers"]
+    assert "its output" not in wrong["layers"]  # the layers themselves are sound
+    assert "weights" not in wrong
+
+
+@pytest.mark.parametrize(
+    ("change", "name"), [(nudge_norm, "layers.1.input_layernorm.weight"), (nudge_embedding, "embed_tokens.weight")]
+)
+def test_the_last_bit_of_another_tensor(tamper, change, name):
+    wrong = failed(tamper(change))
+    assert list(wrong) == ["tensors"]
+    assert name in wrong["tensors"]
+
+
+@pytest.mark.parametrize("rotation", [bq.NoRotation(), bq.BlockHadamard(16)])
+def test_a_wrong_rotation(tamper, rotation):
+    wrong = failed(tamper(lambda model: swap(model, rotation=rotation)))
+    assert f"{UP}: rotation: trained BlockHadamard(block_size=32), packed {rotation}" in wrong["description"]
+    assert f"{UP}: its output" in wrong["layers"]
+    assert UP in wrong["activation codes"]
+    assert "weights" not in wrong
+
+
+def test_wrong_activation_bits(tamper):
+    wrong = failed(tamper(lambda model: swap(model, activation=bq.Quantizer(bq.UniformGrid(2)))))
+    assert f"{UP}: activation: trained" in wrong["description"]
+    assert f"{UP}: its output" in wrong["layers"]
+    assert UP in wrong["activation codes"]
+
+
+def test_unquantized_activations(tamper):
+    wrong = failed(tamper(lambda model: swap(model, activation=None)))
+    assert {"description", "layers", "activation codes"} <= set(wrong)
+
+
+def test_another_tokenizer(tamper, w1a1, tmp_path):
+    other = Tokenizer.train_bpe(["abc"], 257)
+    assert list(failed(tamper(lambda model: None, tokenizer=other))) == ["description"]
+    save(load(w1a1 / "packed"), tmp_path / "mute", None, {"step": 12})
+    assert "no tokenizer" in failed(verify(w1a1 / "run", tmp_path / "mute", **SMALL))["description"]
+
+
+def test_another_configuration_is_not_run(tamper):
+    def change(model):
+        model.config = dataclasses.replace(model.config, rms_norm_eps=1e-3)
+
+    report = tamper(change)
+    assert "rms_norm_eps: trained 1e-05, packed 0.001" in failed(report)["description"]
+    assert [check.passed for check in report.checks] == [False, True, True, None, None, None, None]
+    assert not report.passed
+
+
+def test_another_model(w1a1, w2a16, tmp_path):
+    wrong = failed(verify(w1a1 / "run", w2a16 / "packed", **SMALL))
+    assert "q_proj: weight: trained" in wrong["description"]
+    assert {"weights", "tensors", "layers", "activation codes", "perplexity"} <= set(wrong)
+    model = load(w1a1 / "packed")
+    model.model.layers = model.model.layers[:1]
+    model.config = dataclasses.replace(model.config, num_hidden_layers=1)
+    save(model, tmp_path / "short", read_tokenizer(w1a1 / "packed"))
+    report = verify(w1a1 / "run", tmp_path / "short", **SMALL)
+    assert "model.layers.1.self_attn.q_proj: quantized in training, not packed" in failed(report)["description"]
+    assert report.check("layers").passed is None
+
+
+def test_a_layer_that_computes_something_else(w1a1, monkeypatch):
+    right = PackedLinear._integer
+
+    def off_by(relative):
+        return lambda self, codes, step: right(self, codes, step) * (1 + relative)
+
+    monkeypatch.setattr(PackedLinear, "_integer", off_by(1e-6))
+    assert verify(w1a1 / "run", w1a1 / "packed", **SMALL).passed
+    monkeypatch.setattr(PackedLinear, "_integer", off_by(3e-5))
+    report = verify(w1a1 / "run", w1a1 / "packed", **SMALL)
+    assert "its output for the trained layer's input is off by 3.00e-05" in failed(report)["layers"]
+    assert report.check("weights").passed
+    assert report.check("activation codes").passed
+
+
+def test_something_else_between_the_layers(w1a1):
+    run, packed = load_run(w1a1 / "run"), load(w1a1 / "packed")
+    packed.model.layers[1].post_attention_layernorm.eps = 0.1
+    lockstep = Lockstep(run.model, packed)
+    lockstep.run(torch.arange(30).reshape(1, 30))
+    off = {name for name, figures in lockstep.layers.items() if figures.input.relative > 1e-5}
+    assert off == {"model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"}
+    assert all(figures.output.relative < 1e-6 for figures in lockstep.layers.values())
+
+
+# --- flips ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rounding_backend(monkeypatch):
+    """rounding_backend(reach): 1-bit codes of values nearer than reach·Δ to zero come out the other way."""
+    right = PackedLinear.encode_input
+
+    def install(reach):
+        def encode(self, x):
+            made = right(self, x)
+            near = (self.rotation.apply(x) / made.step).abs() < reach
+            return Encoded(torch.where(near, -1 - made.codes, made.codes), made.step, None)
+
+        monkeypatch.setattr(PackedLinear, "encode_input", encode)
+        monkeypatch.setattr(PackedLinear, "_encoded", lambda self, x: encode(self, x)[:2])
+
+    return install
+
+
+def test_flips_at_the_threshold_are_counted_and_pass(w1a1, rounding_backend):
+    rounding_backend(9e-6)
+    report = verify(w1a1 / "run", w1a1 / "packed", **{**SMALL, "tokens": 1500})
+    assert report.passed, failed(report)
+    figures = report.check("activation codes").figures
+    assert figures["flipped"] > 0
+    assert 0 < figures["farthest"] <= 1e-5
+    assert report.check("perplexity").figures["free_flipped"] > 0
+
+
+def test_flips_away_from_the_threshold_fail(w1a1, rounding_backend):
+    rounding_backend(1e-3)
+    report = verify(w1a1 / "run", w1a1 / "packed", **SMALL)
+    wrong = failed(report)
+    assert "·Δ from its threshold, 1e-05 is allowed" in wrong["activation codes"]
+    assert "layers" not in wrong  # the sums are right for the codes they are given
+    assert report.check("activation codes").figures["farthest"] == pytest.approx(1e-3, rel=0.3)
+
+
+def test_greedy_texts_that_part_at_a_flip_are_explained(w1a1, rounding_backend):
+    rounding_backend(0.2)
+    run, packed = load_run(w1a1 / "run"), load(w1a1 / "packed")
+    check = verify_greedy.check_greedy(run.model, packed, [[256, 104, 101], [97, 98]], 20)
+    assert check.passed
+    assert check.figures["explained"]
+    assert "caused by the flip in model.layers.0.self_attn.q_proj at position 0" in check.summary
+
+
+def test_greedy_texts_that_part_without_a_flip_fail(w1a1):
+    run, packed = load_run(w1a1 / "run"), load(w1a1 / "packed")
+    packed.lm_head.weight.data = packed.lm_head.weight.data.roll(1, 0)
+    check = verify_greedy.check_greedy(run.model, packed, [[256, 104, 101]], 5)
+    assert not check.passed
+    assert "no activation code flipped before it" in check.failures[0]
+
+
+def test_a_flip_does_not_excuse_what_it_did_not_cause(w1a1, rounding_backend):
+    rounding_backend(0.2)
+    run, packed = load_run(w1a1 / "run"), load(w1a1 / "packed")
+    packed.lm_head.weight.data = packed.lm_head.weight.data.roll(1, 0)
+    check = verify_greedy.check_greedy(run.model, packed, [[256, 104, 101]], 5)
+    assert not check.passed
+    assert "with the trained codes forced it is still" in check.failures[0]
+
+
+def test_distances_to_thresholds():
+    def distances(values, one, other, grid):
+        tensors = (torch.tensor(v) for v in (values, one, other))
+        return threshold_distances(*tensors, grid).tolist()
+
+    assert distances([0.01, -2.3], [0, -3], [-1, -2], bq.UniformGrid(3)) == pytest.approx([0.01, 0.3], abs=1e-6)
+    assert distances([0.3], [0], [2], bq.UniformGrid(3)) == pytest.approx(
+        [1.7]
+    )  # two thresholds lie between: the farther
+    levels = bq.CodebookGrid("odd", (-1.0, 0.0, 3.0))
+    assert distances([1.4, 1.4], [0, -1], [-1, 0], levels) == pytest.approx([0.1, 0.1])
+
+
+@pytest.mark.parametrize(("name", "factor"), [("w1a1", 1.5), ("w2a16", 1.001)])
+def test_perplexities_that_differ(w1a1, w2a16, monkeypatch, name, factor):
+    """Without flips to blame, far less is allowed."""
+    right = Lockstep.run
+
+    def run(self, tokens, caches=None):
+        trained, forced, free = right(self, tokens, caches)
+        return trained, forced, free * factor
+
+    monkeypatch.setattr(Lockstep, "run", run)
+    folder = {"w1a1": w1a1, "w2a16": w2a16}[name]
+    wrong = failed(verify(folder / "run", folder / "packed", **{**SMALL, "tokens": 1500}))
+    assert list(wrong) == ["perplexity"]
+    assert "as it runs" in wrong["perplexity"]
+    assert "forced" not in wrong["perplexity"]
+
+
+# --- mistakes and the report ---------------------------------------------------------------------------------------
+
+
+def test_mistakes(w1a1, tmp_path):
+    run, packed = w1a1 / "run", w1a1 / "packed"
+    with pytest.raises(FormatError, match="no such directory"):
+        verify(run, tmp_path / "nothing")
+    with pytest.raises(FormatError, match="is a run directory"):
+        verify(run, run)
+    with pytest.raises(CheckpointError, match="packed model"):
+        verify(packed, packed)
+    with pytest.raises(ConfigError, match="at least one"):
+        verify(run, packed, tokens=0)
+    with pytest.raises(CheckpointError, match="99"):
+        verify(run, packed, step=99)
+    save(quantize_(torch.nn.Sequential(torch.nn.Linear(4, 4)), "w4a4"), tmp_path / "layers")
+    with pytest.raises(FormatError, match="pass it"):
+        verify(run, tmp_path / "layers")
+
+
+def test_data_that_moved(tmp_path):
+    trained_run(tmp_path, "w4a4")
+    (tmp_path / "data").rename(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match="--data"):
+        verify(tmp_path / "run", tmp_path / "packed", **SMALL)
+    assert verify(tmp_path / "run", tmp_path / "packed", tmp_path / "moved", **SMALL).passed
+
+
+def test_long_lists_of_failures_are_cut():
+    check = Check.of("x", "", [f"layer {i}" for i in range(40)])
+    assert len(check.failures) == 6
+    assert check.failures[-1] == "and 35 more"
+    assert not VerifyReport("run", "packed", 1, (Check.of("y", "", []), Check.not_run("x"))).passed
