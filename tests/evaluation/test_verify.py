@@ -10,7 +10,8 @@ import bitquest as bq
 from bitquest.errors import CheckpointError, ConfigError, FormatError
 from bitquest.evaluation import verify_greedy
 from bitquest.evaluation.verify import verify
-from bitquest.evaluation.verify_lockstep import Lockstep, threshold_distances
+from bitquest.evaluation.verify_greedy import Divergence
+from bitquest.evaluation.verify_lockstep import Lockstep, Root, threshold_distances
 from bitquest.evaluation.verify_report import Check, VerifyReport
 from bitquest.export import load, read_tokenizer, save
 from bitquest.models import Tokenizer
@@ -235,6 +236,18 @@ def test_unquantized_activations(tamper):
     assert {"description", "layers", "activation codes"} <= set(wrong)
 
 
+def test_a_changed_mask(tmp_path):
+    trained_run(tmp_path, "w4a4-2:4")
+    model = load(tmp_path / "packed")
+    twin = model.get_submodule(UP)
+    kept = twin.kept[0, :4].clone()
+    twin.kept[0, :4], twin.codes[0, :4] = ~kept, torch.where(kept, 0, 3).to(torch.int8)
+    save(model, tmp_path / "changed", read_tokenizer(tmp_path / "packed"), {"step": 12})
+    wrong = failed(verify(tmp_path / "run", tmp_path / "changed", **SMALL))
+    assert f"{UP}: kept mask: 4 of 2048 differ, the first at [0, 0]" in wrong["weights"]
+    assert f"{UP}: weight codes" in wrong["weights"]
+
+
 def test_another_tokenizer(tamper, w1a1, tmp_path):
     other = Tokenizer.train_bpe(["abc"], 257)
     assert list(failed(tamper(lambda model: None, tokenizer=other))) == ["description"]
@@ -353,6 +366,34 @@ def test_a_flip_does_not_excuse_what_it_did_not_cause(w1a1, rounding_backend):
     check = verify_greedy.check_greedy(run.model, packed, [[256, 104, 101]], 5)
     assert not check.passed
     assert "with the trained codes forced it is still" in check.failures[0]
+
+
+def test_effects_of_a_flip_are_no_roots(w1a1, monkeypatch):
+    first = "model.layers.0.self_attn.o_proj"
+    run, packed = load_run(w1a1 / "run"), load(w1a1 / "packed")
+    layer = packed.get_submodule(first)
+    right = layer.encode_input
+
+    def encode(x):
+        made = right(x)
+        codes = made.codes.clone()
+        codes[0, 7, 3:] = -1 - codes[0, 7, 3:]
+        return Encoded(codes, made.step, None)
+
+    layer.encode_input, layer._encoded = encode, lambda x: encode(x)[:2]
+    lockstep = Lockstep(run.model, packed)
+    lockstep.run(torch.arange(60, 90).reshape(1, 30))
+    assert [(root.layer, root.token, root.channel) for root in lockstep.roots] == [(first, 7, 3)]
+    assert lockstep.layers[first].flips.flipped == lockstep.layers[first].free == 29
+    assert lockstep.layers["model.layers.1.self_attn.q_proj"].free > 0
+    assert all(figures.output.relative < 1e-6 for figures in lockstep.layers.values())
+
+
+def test_without_a_flip_nothing_is_explained():
+    root = Root("layer", 3, 1, 1e-7)
+    assert Divergence(0, 5, trained=1, packed=2, forced=1, root=root).is_explained
+    assert not Divergence(0, 5, trained=1, packed=2, forced=1, root=None).is_explained
+    assert not Divergence(0, 5, trained=1, packed=2, forced=2, root=root).is_explained
 
 
 def test_distances_to_thresholds():

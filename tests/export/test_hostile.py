@@ -186,6 +186,11 @@ def test_an_extra_tensor_is_refused(packed_dir, reseal):
     refuses(reseal(change), "not the model's: extra")
 
 
+@pytest.mark.parametrize("change", [lambda data: data + b"\0", lambda data: data + bytes(4096), lambda data: data[:-1]])
+def test_the_tensors_fill_the_file(reseal, change):
+    refuses(reseal(lambda header, data: change(data)), "its tensors take")
+
+
 @pytest.mark.parametrize("length", [0, 1, 2**20, 10**8 - 1, 2**31, 2**63, 2**64 - 1])
 def test_a_header_of_any_claimed_length(packed_dir, reseal_bytes, length):
     data = (packed_dir / "model.safetensors").read_bytes()
