@@ -147,6 +147,9 @@ def test_figures_as_json():
     assert figures["bits_per_byte"] == pytest.approx(20 / math.log(2) / 8)
     assert Perplexity(8000.0, 10, 8).perplexity == math.inf
     assert math.isnan(Perplexity(1.0, 1, 0).bits_per_byte)
+    assert Perplexity(8000.0, 10, 0).to_json() | {"perplexity": None, "bits_per_byte": None} == (
+        json.loads(json.dumps(Perplexity(8000.0, 10, 0).to_json(), allow_nan=False))
+    )
 
 
 # --- text and models from the disk ---------------------------------------------------------------------------------

@@ -236,6 +236,19 @@ def test_unquantized_activations(tamper):
     assert {"description", "layers", "activation codes"} <= set(wrong)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_numbers_beyond_all_bounds(tamper, value):
+    def change(model):
+        model.lm_head.weight.data[3, 1] = value
+
+    report = tamper(change)
+    wrong = failed(report)
+    assert "lm_head.weight: 1 of" in wrong["tensors"]
+    assert "logits: off by" in wrong["layers"]
+    assert "as it runs" in wrong["perplexity"]
+    json.loads(json.dumps(report.to_json(), allow_nan=False))
+
+
 def test_a_changed_mask(tmp_path):
     trained_run(tmp_path, "w4a4-2:4")
     model = load(tmp_path / "packed")

@@ -53,9 +53,9 @@ class Perplexity:
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
 
-    def to_json(self) -> dict[str, float | int]:
-        """All figures, for `--json`."""
-        return {
+    def to_json(self) -> dict[str, float | int | None]:
+        """All figures, for `--json`; null for one that is not finite."""
+        figures = {
             "nats": self.nats,
             "tokens": self.tokens,
             "utf8_bytes": self.utf8_bytes,
@@ -65,6 +65,7 @@ class Perplexity:
             "seconds": self.seconds,
             "tokens_per_second": self.tokens_per_second,
         }
+        return {name: figure if math.isfinite(figure) else None for name, figure in figures.items()}
 
 
 @dataclass(frozen=True)

@@ -180,25 +180,30 @@ def _check_perplexity(lockstep: Lockstep, tokens: int, trained: float, forced: f
         ("with the trained codes forced", forced, PERPLEXITY_TOLERANCE),
         ("as it runs", free, limit),
     ):
-        if not abs(math.expm1(loss - trained)) <= allowed:
+        if not abs(_relative(loss, trained)) <= allowed:
             failures.append(
                 f"perplexity of the packed model {what} is {_exp(loss):.6f}, of the trained one {_exp(trained):.6f}: "
-                f"off by {abs(math.expm1(loss - trained)):.2e} relative, {allowed:g} is allowed"
+                f"off by {abs(_relative(loss, trained)):.2e} relative, {allowed:g} is allowed"
             )
     summary = (
-        f"trained {_exp(trained):.6f}, packed {_exp(free):.6f}, relative difference {math.expm1(free - trained):+.1e}"
+        f"trained {_exp(trained):.6f}, packed {_exp(free):.6f}, relative difference {_relative(free, trained):+.1e}"
     )
     if flipped:
-        summary += f" ({flipped} codes flipped on the way; without flips {math.expm1(forced - trained):+.0e})"
+        summary += f" ({flipped} codes flipped on the way; without flips {_relative(forced, trained):+.0e})"
     figures = {
         "trained": _exp(trained),
         "packed": _exp(free),
         "forced": _exp(forced),
-        "relative_difference": math.expm1(free - trained),
+        "relative_difference": _relative(free, trained),
         "free_flipped": flipped,
     }
     return Check.of("perplexity", summary, failures, figures)
 
 
 def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 709 else math.inf
+    return math.inf if loss > 709 else math.exp(loss)
+
+
+def _relative(loss: float, trained: float) -> float:
+    """Relative difference of two perplexities, from their losses."""
+    return math.inf if loss - trained > 709 else math.expm1(loss - trained)

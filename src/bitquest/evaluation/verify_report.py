@@ -1,5 +1,6 @@
 """What a verification found: one entry per check, and whether all of them held."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,8 +39,15 @@ class Check:
             "passed": self.passed,
             "summary": self.summary,
             "failures": list(self.failures),
-            "figures": self.figures,
+            "figures": {key: _finite(value) for key, value in self.figures.items()},
         }
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity, which JSON has not, as null."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
