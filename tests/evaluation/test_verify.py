@@ -11,8 +11,9 @@ from bitquest.errors import CheckpointError, ConfigError, FormatError
 from bitquest.evaluation import verify_greedy
 from bitquest.evaluation.verify import verify
 from bitquest.evaluation.verify_greedy import Divergence
-from bitquest.evaluation.verify_lockstep import Lockstep, Root, threshold_distances
+from bitquest.evaluation.verify_lockstep import Lockstep, Root, threshold_distances, weights_quantized_once
 from bitquest.evaluation.verify_report import Check, VerifyReport
+from bitquest.evaluation.verify_static import trained_layers
 from bitquest.export import load, read_tokenizer, save
 from bitquest.models import Tokenizer
 from bitquest.nn import PackedLinear, quantize_
@@ -407,6 +408,20 @@ def test_without_a_flip_nothing_is_explained():
     assert Divergence(0, 5, trained=1, packed=2, forced=1, root=root).is_explained
     assert not Divergence(0, 5, trained=1, packed=2, forced=1, root=None).is_explained
     assert not Divergence(0, 5, trained=1, packed=2, forced=2, root=root).is_explained
+
+
+def test_weights_are_quantized_once_and_only_inside(w1a1):
+    model = load_run(w1a1 / "run").model
+    ids = torch.arange(60, 80).reshape(1, 20)
+    before = [layer.weight_quantizer for layer in trained_layers(model).values()]
+    with torch.no_grad():
+        expected = model(ids)
+        with weights_quantized_once(model):
+            assert torch.equal(model(ids), expected)
+            model.model.layers[0].mlp.up_proj.weight.mul_(-1)
+            assert torch.equal(model(ids), expected)
+        assert [layer.weight_quantizer for layer in trained_layers(model).values()] == before
+        assert not torch.equal(model(ids), expected)
 
 
 def test_distances_to_thresholds():

@@ -18,7 +18,14 @@ from bitquest.errors import CheckpointError, ConfigError, FormatError
 from bitquest.evaluation.perplexity import windows
 from bitquest.evaluation.sources import open_stream
 from bitquest.evaluation.verify_greedy import check_greedy, prompts_from
-from bitquest.evaluation.verify_lockstep import CODE_TOLERANCE, INPUT_TOLERANCE, OUTPUT_TOLERANCE, Flips, Lockstep
+from bitquest.evaluation.verify_lockstep import (
+    CODE_TOLERANCE,
+    INPUT_TOLERANCE,
+    OUTPUT_TOLERANCE,
+    Flips,
+    Lockstep,
+    weights_quantized_once,
+)
 from bitquest.evaluation.verify_report import Check, VerifyReport
 from bitquest.evaluation.verify_static import check_description, check_tensors, check_weights, is_comparable
 from bitquest.export import load
@@ -83,7 +90,7 @@ def verify(
     if not is_comparable(trained, packed):
         checks += [Check.not_run(name) for name in _DYNAMIC]
         return VerifyReport(str(run_dir), str(packed_dir), run.step, tuple(checks))
-    with _plain_float32(torch.device(device)):
+    with _plain_float32(torch.device(device)), weights_quantized_once(trained):
         lockstep = Lockstep(trained, packed)
         losses = _run(lockstep, stream, report)
         prompts = prompts_from(stream, texts, trained.config.max_position_embeddings)

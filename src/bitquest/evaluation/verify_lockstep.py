@@ -23,6 +23,7 @@ from bitquest.models import Llama
 from bitquest.nn import PackedLinear, QuantizedLinear
 from bitquest.numerics.fake_quant import Encoded, dequantize
 from bitquest.numerics.grids import Grid
+from bitquest.numerics.rotations import Rotation
 
 # The promise (METHOD, "Exact integer arithmetic"): outputs to 1e-5 relative, codes within 1e-5·Δ of a threshold.
 OUTPUT_TOLERANCE = 1e-5
@@ -211,6 +212,33 @@ def _input_grid(layer: TrainedLayer) -> Grid:
 def _quantize_alike(layer: TrainedLayer, twin: PackedLayer) -> bool:
     was, now = describe(layer), describe(twin)
     return bool(was["activation"] == now["activation"] and was["rotation"] == now["rotation"])
+
+
+class _Quantized(nn.Module):
+    """Stands for a weight quantizer whose weight no longer changes: hands out what it made."""
+
+    def __init__(self, layer: TrainedLayer) -> None:
+        super().__init__()
+        self.spec = layer.weight_quantizer.spec
+        self.values: Tensor = layer.weight_quantizer(layer.weight, layer.rotation)
+
+    def forward(self, weight: Tensor, rotation: Rotation) -> Tensor:
+        return self.values
+
+
+@contextmanager
+def weights_quantized_once(model: nn.Module) -> Iterator[None]:
+    """Inside, a trained model's weights are quantized once, not in every call: texts are written token by token."""
+    layers = trained_layers(model).values()
+    before = [layer.weight_quantizer for layer in layers]
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                layer.weight_quantizer = _Quantized(layer)  # type: ignore[assignment]
+        yield
+    finally:
+        for layer, quantizer in zip(layers, before, strict=True):
+            layer.weight_quantizer = quantizer
 
 
 def threshold_distances(in_steps: Tensor, codes: Tensor, others: Tensor, grid: Grid) -> Tensor:
