@@ -176,6 +176,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
         (b"x" * 100, {"tokenizer": "bpe:large"}, "for example bpe:4096"),
         (b"x" * 100, {"tokenizer": "bpe:10"}, "at least 257"),
         (b"x" * 100, {"val_fraction": 0.0}, "between 0 and 1"),
+        (b"x" * 100, {"shard_tokens": 0}, "--shard-tokens 0: a shard holds at least one token"),
         (b"x", {}, "no text is left for the train split"),
     ],
 )
@@ -202,6 +203,10 @@ def test_what_stands_in_the_way(tmp_path: Path) -> None:
         prepare([source], "byte", tmp_path / "out")
     prepare([source], "bpe:280", tmp_path / "out", overwrite=True)
     assert open_tokens(tmp_path / "out").vocab_size == 280
+    (tmp_path / "out" / "notes.txt").write_text("my own")
+    with pytest.raises(DataError, match=r"'notes\.txt' in there is not prepared data; move it away"):
+        prepare([source], "byte", tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "notes.txt").read_text() == "my own"
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,6 +281,23 @@ def test_stopped_by_the_user(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         prepare([source], "byte", tmp_path / "out", progress=stop)
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_data_to_be_replaced_outlives_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = documents(tmp_path / "a.jsonl"), tmp_path / "out"
+    prepare([source], "byte", out)
+    rename = os.replace
+
+    def stop(old: Path, new: Path) -> None:
+        if old.name.endswith(".partial") and new == out:
+            raise KeyboardInterrupt
+        rename(old, new)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare([source], "bpe:280", out, overwrite=True)
+    assert open_tokens(out).vocab_size == 257
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"]
 
 
 def test_inputs_that_change_while_they_are_read(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_folders_are_searched_in_order(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "line 1: not valid JSON"),
         ("a.txt", b"\xef\xbb\xbfabc\xff", "not UTF-8 at byte 6"),
         ("a.jsonl", b"[1]\n", "line 1: expected an object"),
-        ("a.jsonl", b'{"text": "\xff"}', "line 1: not UTF-8"),
+        ("a.jsonl", b'{"text": "\xff"}', "line 1: not UTF-8 at byte 10 of it"),
         ("a.jsonl", b'{"text": "\\ud800"}', "line 1: half a surrogate"),
         ("a.jsonl", b"[" * 100_000, "line 1: not valid JSON"),
         ("a.txt", b"hello \xe4 world", "not UTF-8 at byte 6"),
@@ -171,6 +171,14 @@ def test_files_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Path, "open", forbidden)
     with pytest.raises(DataError, match=r"a\.txt: cannot be read: Permission denied"):
         list(pieces(path))
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_names_in_capitals(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"A.JSONL{suffix.upper()}"
+    path.write_bytes(COMPRESS[suffix](LINES.encode()))
+    assert find_inputs([tmp_path]) == [path]
+    assert len(texts(path)) == 50
 
 
 def test_each_file_once(tmp_path: Path) -> None:

@@ -65,10 +65,12 @@ def test_windows_predict_each_token_once(count: int, context: int, batch: int) -
             next(data.windows(context, batch))
         return
     rows = list(data.windows(context, batch))
-    targets = torch.cat(rows)[:, 1:].flatten().tolist()
-    assert targets == list(range(1, 1 + (count - 1) // context * context))
+    assert [i for row in rows for i in row[:, 1:].flatten().tolist()] == list(range(1, count))
+    assert [i for row in rows for i in row[:, :-1].flatten().tolist()] == list(range(count - 1))
     assert all(len(row) <= batch for row in rows)
-    assert len(list(data.windows(context, batch, limit=1))) == 1
+    assert all(row.shape[1] == context + 1 for row in rows[:-1])
+    for limit in range(len(rows) + 1):
+        assert len(list(data.windows(context, batch, limit=limit))) == limit
 
 
 def test_ids_outside_the_vocabulary() -> None:

@@ -24,6 +24,7 @@ def prepare(
     val_fraction: Annotated[float, typer.Option(help="Part of the input to hold out for validation.")] = 0.01,
     text_field: Annotated[str, typer.Option(help="The field of a .jsonl line that holds the text.")] = "text",
     seed: Annotated[int, typer.Option(help="Decides which documents are held out.")] = 0,
+    shard_tokens: Annotated[int, typer.Option(help="Tokens in one file, at most.")] = 1 << 26,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace prepared data in --out.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -54,6 +55,7 @@ def prepare(
             text_field=text_field,
             seed=seed,
             overwrite=overwrite,
+            shard_tokens=shard_tokens,
             progress=report,
             on_tokens=count_tokens,
         )
@@ -92,7 +94,7 @@ def _describe(directory: Path, command: str, json: bool) -> int:
     for heading in ("split", "tokens", "bytes of text", "bytes a token", "documents"):
         table.add_column(heading, justify="left" if heading == "split" else "right")
     for name, sums in splits.items():
-        ratio = f"{sums['utf8_bytes'] / sums['tokens']:.2f}"
+        ratio = f"{sums['utf8_bytes'] / max(1, sums['tokens']):.2f}"
         table.add_row(name, f"{sums['tokens']:,}", f"{sums['utf8_bytes']:,}", ratio, f"{sums['documents']:,}")
     err.print(table)
     return int(manifest["vocab_size"])

@@ -113,8 +113,8 @@ class Tokens:
     def windows(self, context: int, batch_size: int, limit: int | None = None) -> Iterator[Tensor]:
         """Non-overlapping windows in order, (≤ batch_size, context + 1) int64, at most `limit` batches.
 
-        A window's last token is the next one's first, so that each token is predicted once; the first token of all and
-        the rest that fills no window are not.
+        A window's last token is the next one's first: each token but the very first is predicted once. What fills no
+        window comes last, as a batch of one shorter row.
         """
         self._need(context)
         total = (self.count - 1) // context
@@ -124,6 +124,9 @@ class Tokens:
             yield torch.stack(
                 [self.read(w * context, context + 1) for w in range(first, min(first + batch_size, total))]
             )
+        rest, batches = self.count - total * context, -(-total // batch_size)
+        if rest > 1 and (limit is None or batches < limit):
+            yield self.read(total * context, rest).unsqueeze(0)
 
 
 def permuted(index: int, size: int, key: bytes) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from bitquest.errors import DataError
 from bitquest.models import Tokenizer
 from bitquest.training.data import permuted
-from bitquest.training.files import remove_folder, sync, write_json
+from bitquest.training.files import sync, write_json
 from bitquest.training.readers import Piece, find_inputs, pieces
 from bitquest.training.shards import (
     FORMAT,
@@ -22,6 +22,7 @@ from bitquest.training.shards import (
     VERSION,
     SplitWriter,
     dtype_for,
+    is_part,
     manifest_digest,
     read_manifest,
 )
@@ -101,6 +102,8 @@ def prepare(
     place = out.resolve()
     if not 0 < val_fraction < 1:
         raise DataError(f"--val-fraction must lie between 0 and 1, not {val_fraction}")
+    if shard_tokens < 1:
+        raise DataError(f"--shard-tokens {shard_tokens}: a shard holds at least one token")
     _check_out(out, overwrite)
     found, val_found = find_inputs([Path(p) for p in inputs]), find_inputs([Path(p) for p in val_inputs])
     both = {file.resolve() for file in found} & {file.resolve() for file in val_found}
@@ -110,10 +113,11 @@ def prepare(
     val_survey = _survey(val_found, {Path(p) for p in val_inputs}, text_field, report) if val_found else _Survey()
     held_out = _HeldOut() if val_found else _choose(survey, val_fraction, seed)
     made = make_tokenizer(tokenizer, lambda: _sample(survey, text_field, held_out, report))
-    aside = place.with_name(f".{place.name}.partial")
+    aside, replaced = (place.with_name(f".{place.name}.{what}") for what in ("partial", "replaced"))
     splits = {s: SplitWriter(aside, s, dtype_for(made.vocab_size), shard_tokens) for s in ("train", "val")}
     try:
-        shutil.rmtree(aside, ignore_errors=True)  # what an interrupted start left
+        for left in (aside, replaced):  # by an interrupted start
+            shutil.rmtree(left, ignore_errors=True)
         aside.mkdir(parents=True)
         for files, held, split in ((survey.files, held_out, "train"), (val_survey.files, _HeldOut(), "val")):
             for tokens in _tokenize(files, text_field, made, splits, held, split, report):
@@ -141,7 +145,7 @@ def prepare(
         write_json(aside / MANIFEST, {**fields, "digest": manifest_digest(fields)})
         sync(aside)
         if place.exists():
-            remove_folder(place)
+            os.replace(place, replaced)
         os.replace(aside, place)
         sync(place.parent)
     except OSError as error:
@@ -149,7 +153,10 @@ def prepare(
     finally:
         for writer in splits.values():
             writer.abandon()
-        shutil.rmtree(aside, ignore_errors=True)  # gone already where all went well
+        if replaced.exists() and not place.exists():  # interrupted between the two renames
+            os.replace(replaced, place)
+        for left in (aside, replaced):
+            shutil.rmtree(left, ignore_errors=True)
     return out
 
 
@@ -165,6 +172,9 @@ def _check_out(out: Path, overwrite: bool) -> None:
     if not overwrite:
         raise DataError(f"{out}: holds prepared data already; add --overwrite to replace it, or choose another --out")
     # Only what this program wrote is ever removed.
+    foreign = sorted(path.name for path in out.iterdir() if not is_part(path))
+    if foreign:
+        raise DataError(f"{out}: {foreign[0]!r} in there is not prepared data; move it away, or choose another --out")
     try:
         read_manifest(out)
     except DataError:

@@ -37,7 +37,7 @@ class Piece(NamedTuple):
 
 def kind_of(path: Path) -> str:
     """ ".txt" or ".jsonl". Raises DataError for another name."""
-    suffixes = path.suffixes
+    suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes = suffixes[:-1]
     if not suffixes or suffixes[-1] not in FORMATS:
@@ -107,13 +107,14 @@ def _decompressed(path: Path, on_read: OnRead | None) -> Iterator[bytes]:
 
 
 def _chunks(path: Path, raw: IO[bytes]) -> Iterator[bytes]:
-    if path.suffix == ".zst":
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
         yield from _zstandard_chunks(path, raw)
         return
     opened: Any = raw
-    if path.suffix == ".gz":
+    if suffix == ".gz":
         opened = gzip.GzipFile(fileobj=raw)
-    elif path.suffix == ".xz":
+    elif suffix == ".xz":
         opened = lzma.LZMAFile(raw)  # noqa: SIM115  (closing it closes nothing: `raw` is the caller's)
     while chunk := opened.read(_READ_BYTES):
         yield chunk
@@ -211,8 +212,8 @@ def _text_of(line: bytes, where: str, text_field: str) -> str:
     """The text of one line of .jsonl. Raises DataError naming the line, and the field that was probably meant."""
     try:
         record = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
-    except UnicodeDecodeError:
-        raise DataError(f"{where}: not UTF-8; convert the file to UTF-8 first") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 at byte {error.start} of it; convert the file to UTF-8 first") from None
     except json.JSONDecodeError as error:
         raise DataError(
             f"{where}: not valid JSON at column {error.colno}: {error.msg}; a .jsonl holds one JSON object on each line"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtyp
 def dtype_for(vocab_size: int) -> str:
     """The narrowest of the two that holds every id."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def is_part(path: Path) -> bool:
+    """Whether a file in a prepared folder bears the name of something that preparing writes there."""
+    return path.name in (MANIFEST, TOKENIZER) or re.fullmatch(r"(train|val)-\d{5,}\.bin", path.name) is not None
 
 
 class SplitWriter:
