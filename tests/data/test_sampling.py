@@ -50,6 +50,16 @@ def test_a_function_of_seed_and_step() -> None:
     assert first.shape == (4, 17)
 
 
+def test_epochs_have_an_order_and_an_offset_of_their_own() -> None:
+    data, context = tokens(20_000), 1000
+    epochs = [data.batch(3, epoch, 18, context)[:, 0] for epoch in range(40)]
+    orders = {tuple((starts // context).tolist()) for starts in epochs}
+    offsets = {int(starts[0]) % context for starts in epochs}
+    assert len(orders) == 40
+    assert len(offsets) > 30
+    assert max(offsets) - min(offsets) > context // 2
+
+
 def test_order_is_no_order() -> None:
     starts = tokens(100_000).batch(0, 0, 200, 10)[:, 0].float()
     assert abs(float(torch.corrcoef(torch.stack([starts, torch.arange(200.0)]))[0, 1])) < 0.25
