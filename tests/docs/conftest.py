@@ -95,7 +95,7 @@ def is_shown(line: str, printed: str) -> bool:
 def run_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., dict[str, Any]]:
-    """run_page(page, names): run every block in tmp_path; `names` begins the namespace of its Python, which is returned.
+    """run_page(page, names): run every block in tmp_path; `names` begins the namespace of its Python, which it returns.
 
     Fails with an AssertionError, or the Python block's own exception, naming the page and the line.
     """
@@ -141,7 +141,7 @@ def run_page(
             elif block.language == "toml":
                 toml(block, where)
             elif block.language == "sh":
-                assert "bitquest " not in block.text.replace("pip install bitquest ", ""), f"{where}: use ```console"
+                assert not re.search(r"^\s*bitquest\b", block.text, re.MULTILINE), f"{where}: use ```console"
         return namespace
 
     return run
