@@ -1,7 +1,5 @@
 """Layers: the paths that cache and share give what the definition gives; packed is trained."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,7 +30,6 @@ from bitquest.numerics import (
     UniformGrid,
     fake_quantize,
 )
-from bitquest.ops import registry
 
 SCHEMES = [
     *(
@@ -122,97 +119,6 @@ def test_packed_is_trained(name: str, width: int) -> None:
 def test_unquantized_rotated_layer_is_the_layer() -> None:
     made, x = layer("w16a16"), torch.randn(4, 96)
     assert torch.allclose(made(x), F.linear(x, made.weight, made.bias), atol=1e-5)
-
-
-def test_no_dense_rotation_and_each_input_quantized_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[int, ...]] = []
-    original = registry.fake_quantize_forward
-
-    def counted(x: Tensor, *rest: object) -> object:
-        calls.append(tuple(x.shape))
-        return original(x, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(registry, "fake_quantize_forward", counted)
-    q, k, v = layer("w4a4"), layer("w4a4", out=7), layer("w4a4", out=7)
-    x = torch.randn(4, 96, requires_grad=True)
-    y = x * 1
-    sum(p(y).sum() for p in (q, k, v)).backward()  # type: ignore[union-attr]
-    assert calls.count((4, 96)) == 1
-    assert len(calls) == 4
-    # A second micro-batch quantizes its input only; after an optimizer step the weights too.
-    optimizer = torch.optim.AdamW([*q.parameters(), *k.parameters(), *v.parameters()], fused=True)
-    sum(p(x * 1).sum() for p in (q, k, v)).backward()  # type: ignore[union-attr]
-    assert len(calls) == 4 + 3  # three different tensors here, no weight
-    optimizer.step()
-    q(y.detach())
-    assert calls[-1] == (33, 96) or calls[-2] == (33, 96)
-
-
-def test_shared_input_gradient_is_the_sum() -> None:
-    q, k = layer("w2a2"), layer("w2a2", out=7)
-    gradients = []
-    for share in (True, False):
-        x = torch.randn(4, 96, generator=torch.Generator().manual_seed(3)).requires_grad_()
-        y = x * 1
-        (q(y).sum() + k(y if share else y * 1).sum()).backward()
-        gradients.append(x.grad)
-    assert torch.allclose(*gradients, atol=1e-6)  # type: ignore[arg-type]
-
-
-def test_an_input_may_be_used_again_after_backward_and_after_a_write() -> None:
-    made, x = layer("w4a4"), torch.randn(4, 96, requires_grad=True)
-    made(x).sum().backward()
-    first = x.grad.clone()  # type: ignore[union-attr]
-    x.grad = None
-    made(x).sum().backward()
-    assert torch.equal(x.grad, first)  # type: ignore[arg-type]
-    with torch.no_grad():
-        before = made(x)
-        x.mul_(-1)
-        assert torch.allclose(made(x) - made.bias, made.bias * 0 - (before - made.bias), atol=1e-1)
-        assert not torch.equal(made(x), before)
-    assert made(x).requires_grad  # not the result without gradients
-
-
-def test_inference_tensors_are_not_shared() -> None:
-    made = layer("w4a4")
-    with torch.inference_mode():
-        x = torch.randn(4, 96)
-        before = made(x)
-        x.mul_(2).add_(1)
-        assert torch.equal(made(x), direct(made, x.clone()))
-        assert not torch.equal(made(x), before)
-
-
-@pytest.mark.parametrize("change", ["data", "in place", "fused", "sgd", "load", "assign"])
-def test_a_changed_weight_is_quantized_anew(change: str) -> None:
-    made, x = layer("w4a4"), torch.randn(4, 96)
-    made(x).sum().backward()
-    if change == "data":
-        made.weight.data.mul_(1.5)
-        made.weight.data[0] = -made.weight.data[0]
-    elif change == "in place":
-        with torch.no_grad():
-            made.weight.neg_()
-    elif change == "fused":
-        torch.optim.AdamW(made.parameters(), lr=0.5, fused=True).step()
-    elif change == "sgd":
-        torch.optim.SGD(made.parameters(), lr=0.5).step()
-    elif change == "load":
-        made.load_state_dict({**made.state_dict(), "weight": torch.randn(33, 96)})
-    else:
-        made.weight = nn.Parameter(torch.randn(33, 96))
-    assert torch.equal(made(x), direct(made, x))
-
-
-def test_copies_do_not_share_a_cache() -> None:
-    made, x = layer("w4a4"), torch.randn(4, 96)
-    made(x)
-    twin = copy.deepcopy(made)
-    with torch.no_grad():
-        twin.weight.neg_()
-    assert torch.equal(made(x), direct(made, x))
-    assert torch.equal(twin(x), direct(twin, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -364,17 +270,6 @@ def test_mixed_group_sizes() -> None:
     x = torch.randn(4, 128)
     with torch.no_grad():
         assert torch.allclose(PackedLinear.of(made)(x), made(x), rtol=1e-4, atol=1e-5)
-
-
-def test_packed_layers_share_one_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    original = registry.encode_reference
-    monkeypatch.setattr(registry, "encode_reference", lambda *a: calls.append(1) or original(*a))
-    q, k = PackedLinear.of(layer("w4a4")), PackedLinear.of(layer("w4a4", out=7))
-    calls.clear()
-    x = torch.randn(3, 96)
-    q(x), k(x)
-    assert len(calls) == 1
 
 
 def test_masked_share() -> None:

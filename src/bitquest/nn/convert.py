@@ -47,6 +47,11 @@ def _quantized(module: nn.Module, fqn: str, scheme: Scheme, filter_fn: Filter | 
     if isinstance(module, nn.Embedding):
         if scheme.embedding is None:
             return None
+        if type(module) is not nn.Embedding:
+            raise ConfigError(
+                f"{type(module).__name__} has a forward of its own, which a quantized embedding would lose; "
+                "use a scheme that leaves the embedding as it is"
+            )
         return QuantizedEmbedding(module, weight=scheme.embedding, rotation=scheme.rotation)
     if type(module) is not nn.Linear:  # a subclass has a forward of its own, which a replacement would lose
         return None

@@ -3,11 +3,15 @@
 V words, K embedding_dim.
 """
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitquest.nn.quantizer import WeightQuantizer
+from bitquest.errors import ConfigError
+from bitquest.nn.quantizer import WeightQuantizer, keeping_dtype
 from bitquest.numerics.fake_quant import Encoded, dequantize
 from bitquest.numerics.quantizer import Quantizer
 from bitquest.numerics.rotations import Rotation
@@ -19,6 +23,8 @@ class QuantizedEmbedding(nn.Embedding):
 
     def __init__(self, embedding: nn.Embedding, *, weight: Quantizer, rotation: Rotation) -> None:
         nn.Module.__init__(self)
+        if embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse:
+            raise ConfigError("a quantized embedding has no max_norm, scale_grad_by_freq or sparse gradients")
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
         self.padding_idx, self.max_norm, self.norm_type = embedding.padding_idx, None, 2.0
         self.scale_grad_by_freq, self.sparse = False, False
@@ -94,6 +100,9 @@ class PackedEmbedding(nn.Module):
         kept = None if self.kept is None else self.kept[ids]
         rows = dequantize(self.codes[ids], step, self.weight_spec.grid, kept)
         return rows if self.rotation.block == 1 else rotate_op(rows, self.rotation.block)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return super()._apply(keeping_dtype(fn), recurse)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, weight={self.weight_spec}, rotation={self.rotation}"

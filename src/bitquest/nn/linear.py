@@ -3,16 +3,17 @@
 T tokens, K in_features, N out_features.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitquest.errors import ConfigError
-from bitquest.nn.quantizer import ActivationQuantizer, WeightQuantizer, once_per_input
+from bitquest.nn.quantizer import ActivationQuantizer, WeightQuantizer, keeping_dtype, once_per_input
 from bitquest.numerics.fake_quant import Encoded, dequantize, encode
-from bitquest.numerics.integers import integer_form
+from bitquest.numerics.integers import float_linear, integer_form
 from bitquest.numerics.quantizer import Quantizer
 from bitquest.numerics.rotations import Rotation
 from bitquest.ops.backend import Backend, resolve_backend
@@ -68,6 +69,19 @@ class QuantizedLinear(nn.Linear):
             return self.weight_quantizer(self.weight, self.rotation).to(torch.float32)
 
 
+class _Factors(NamedTuple):
+    """The integers behind a layer's codes, and what they were made from."""
+
+    codes: Tensor
+    kept: Tensor | None
+    versions: tuple[int, ...]
+    integers: Tensor
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # inference tensors do not count their writes
+
+
 class PackedLinear(nn.Module):
     """The trained layer on integers: codes, steps, and an exact integer product; no float weight.
 
@@ -119,7 +133,7 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, tensor)
         self._weight_form = integer_form(weight.grid) if weight is not None else None
         self._input_form = integer_form(activation.grid) if activation is not None else None
-        self._factors: Tensor | None = None
+        self._factors: _Factors | None = None
         self._input_text = quantizer_text(activation) if activation is not None else ""
         self._input_grid = grid_text(activation.grid) if activation is not None else ""
         self._weight_grid = grid_text(weight.grid) if weight is not None else ""
@@ -160,11 +174,14 @@ class PackedLinear(nn.Module):
         """x (…, K) to (…, N) in x's dtype: integers in, integers multiplied, one scale per token and channel."""
         x = x_TK.detach()
         if self.activation_spec is None:
-            x_h = once_per_input(x_TK, ("packed", "", self.rotation.block), lambda: self._rotated(x))
+            x_h = once_per_input(x_TK, self, ("packed", "", self.rotation.block), lambda: self._rotated(x))
             y = self._weight_only(x_h.reshape(-1, self.in_features))
         else:
-            key = ("packed", self._input_text, self.rotation.block, id(self.activation_step))
-            codes, step = once_per_input(x_TK, key, lambda: self._encoded(x))
+            if self.activation_step is None:
+                key = ("packed", self._input_text, self.rotation.block)
+                codes, step = once_per_input(x_TK, self, key, lambda: self._encoded(x))
+            else:
+                codes, step = self._encoded(x)
             y = self._integer(codes.reshape(-1, self.in_features), step)
         if self.bias is not None:
             y = y + self.bias
@@ -178,10 +195,15 @@ class PackedLinear(nn.Module):
         return encode_op(x, self.activation_step, self._input_text, self.rotation.block)
 
     def _weight_factors(self) -> Tensor:
+        """The int8 integers (N, K) of the codes, computed once for the codes and mask that are there."""
         assert self._weight_form is not None and self.codes is not None
-        if self._factors is None or self._factors.device != self.codes.device:
-            self._factors = self._weight_form.of_codes(self.codes, self.kept)
-        return self._factors
+        codes, kept = self.codes, self.kept
+        if torch.compiler.is_compiling():  # the compiler cannot follow versions
+            return self._weight_form.of_codes(codes, kept)
+        made, versions = self._factors, tuple(_version(t) for t in (codes, kept) if t is not None)
+        if made is None or made.codes is not codes or made.kept is not kept or made.versions != versions:
+            made = self._factors = _Factors(codes, kept, versions, self._weight_form.of_codes(codes, kept))
+        return made.integers
 
     def _float_weight(self) -> Tensor:
         """The weight as floats, for a grid without integers or a weight that was never quantized."""
@@ -192,7 +214,7 @@ class PackedLinear(nn.Module):
 
     def _weight_only(self, x_h: Tensor) -> Tensor:
         if self._weight_form is None or self.step is None:
-            return F.linear(x_h, self._float_weight())
+            return float_linear(x_h, self._float_weight())
         step = self.step.expand(self.out_features, -1)
         return weight_only_linear_op(x_h, self._weight_factors(), step, self._weight_grid)
 
@@ -200,20 +222,14 @@ class PackedLinear(nn.Module):
         x_step = step.reshape(-1, step.shape[-1])
         if self._weight_form is None or self._input_form is None or self.step is None:
             assert self.activation_spec is not None
-            return F.linear(dequantize(codes, x_step, self.activation_spec.grid), self._float_weight())
+            return float_linear(dequantize(codes, x_step, self.activation_spec.grid), self._float_weight())
         x_step = x_step.expand(codes.shape[0], -1)
         w_step = self.step.expand(self.out_features, -1)
         return integer_linear_op(codes, x_step, self._weight_factors(), w_step, self._input_grid, self._weight_grid)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
-        # .to(dtype), .half() and the like move the layer but leave its numbers alone: steps stay float32.
-        def move_only(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return tensor.to(moved.device) if moved.dtype != tensor.dtype else moved
-
-        super()._apply(move_only, recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._factors = None
-        return self
+        return super()._apply(keeping_dtype(fn), recurse)
 
     def extra_repr(self) -> str:
         return (

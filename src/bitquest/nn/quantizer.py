@@ -1,8 +1,10 @@
 """What a layer holds for each operand: the frozen quantizer, and whatever is learned or cached."""
 
+import weakref
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -61,39 +63,73 @@ def _record(operand: nn.Module, mask: Tensor, elements: int) -> None:
 # --- one quantization for the layers that read the same tensor -----------------------------------------------------
 
 
-class _Shared:
-    """A result that hangs on the tensor it was computed from, until the tensor or the autograd graph moves on."""
+class _Shared(NamedTuple):
+    """What a tensor became, for the other layers that read it."""
 
-    def __init__(self, key: tuple[Any, ...], result: Any) -> None:
-        self.key: tuple[Any, ...] | None = key
-        self.result = result
-
-    def expire(self, _: Tensor) -> None:
-        self.key, self.result = None, None
+    owner: "weakref.ref[Tensor]"
+    key: tuple[Any, ...]
+    result: Any
+    readers: set[int]
 
 
-def once_per_input(x: Tensor, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
-    """compute(), or what it gave for this very tensor object, unchanged since, under the same key.
+_shared: dict[int, _Shared] = {}  # by id of the tensor; beside it, not on it, so that it copies and saves as before
 
-    q, k and v read one tensor, and so do gate and up: it is rotated and quantized once. The result is dropped when x is
-    written to, and when its gradient flows back, for then its part of the graph is spent. Under torch.compile the
-    compiler removes the repeated operator itself; inference tensors carry no version, so nothing is shared there.
+
+def once_per_input(x: Tensor, reader: nn.Module, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
+    """compute(), or what it gave another reader of this very tensor object, unchanged since, under the same key.
+
+    q, k and v read one tensor, and so do gate and up: it is rotated and quantized once. A reader that comes a second
+    time has it computed anew, so a write that raises no version (through `.data`, NumPy or another view of the memory)
+    is seen by the next pass. The result is dropped with x, when x is written to, and when its gradient flows back, for
+    then its part of the graph is spent. A leaf that wants a gradient is held by its own graph, which would never be
+    freed: there nothing is shared, nor between a checkpointed part and its surroundings.
     """
-    if torch.compiler.is_compiling() or x.is_inference():
+    if not can_be_recognised(x) or (x.is_leaf and x.requires_grad):
         return compute()
-    key = (*key, x._version, torch.is_grad_enabled())
-    shared = getattr(x, "_bitquest_shared", None)
-    if shared is not None and shared.key == key:
+    number, grad = id(x), torch.is_grad_enabled()
+    key = (*key, x.data_ptr(), x._version, x.requires_grad, grad, _saving_hook() if grad else 0)
+    shared = _shared.get(number)
+    if shared is not None and shared.owner() is x and shared.key == key and id(reader) not in shared.readers:
+        shared.readers.add(id(reader))
         return shared.result
+
+    def drop(_: Any) -> None:
+        _shared.pop(number, None)
+
     result = compute()
-    shared = _Shared(key, result)
     if isinstance(result, Tensor) and result.requires_grad:
-        result.register_hook(shared.expire)
-    x._bitquest_shared = shared  # type: ignore[attr-defined]
+        result.register_hook(drop)
+    _shared[number] = _Shared(weakref.ref(x, drop), key, result, {id(reader)})
     return result
 
 
+def can_be_recognised(tensor: Tensor) -> bool:
+    """Whether a result for this tensor may be kept: it has memory and a version of its own by which to know it again.
+
+    Inference tensors count no versions, fake tensors have no memory. Under torch.compile nothing needs to be kept: the
+    compiler removes the repeated operator itself.
+    """
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return plain and not torch.compiler.is_compiling() and not tensor.is_inference()
+
+
+def _saving_hook() -> int:
+    """Identity of the innermost saved-tensor hook: activation checkpointing has one for each part and each pass."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return 0 if hooks is None else id(hooks[0])
+
+
 # --- the two operands ----------------------------------------------------------------------------------------------
+
+
+def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `.to`, `.half` and the like do to a tensor, without changing its dtype: steps are float32, codes int8."""
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        return tensor.to(moved.device) if moved.dtype != tensor.dtype else moved
+
+    return move
 
 
 class _Operand(nn.Module):
@@ -129,6 +165,9 @@ class _Operand(nn.Module):
             _record(self, mask, operand.numel())
         return values
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return super()._apply(keeping_dtype(fn), recurse)
+
     def extra_repr(self) -> str:
         return repr(self.spec)
 
@@ -140,7 +179,9 @@ class ActivationQuantizer(_Operand):
     """
 
     def __init__(self, spec: Quantizer | None) -> None:
-        super().__init__(spec, torch.full((1, 1), float("nan")) if spec is not None and spec.is_learned else None)
+        super().__init__(
+            spec, torch.full((1, 1), torch.nan, dtype=torch.float32) if spec is not None and spec.is_learned else None
+        )
 
     def _start(self, x: Tensor, rotation: Rotation) -> None:
         assert self.step is not None and self.spec is not None
@@ -156,12 +197,12 @@ class ActivationQuantizer(_Operand):
         if self.spec is None:
             if rotation.block == 1:
                 return x
-            result: Tensor = once_per_input(x, ("", rotation.block), lambda: self._rotated(x, rotation))
+            result: Tensor = once_per_input(x, self, ("", rotation.block), lambda: self._rotated(x, rotation))
         elif self.step is not None:
             self._start(x, rotation)
             result = self._quantized(x, rotation)
         else:
-            result = once_per_input(x, (self.text, rotation.block), lambda: self._quantized(x, rotation))
+            result = once_per_input(x, self, (self.text, rotation.block), lambda: self._quantized(x, rotation))
         return result
 
 
@@ -191,19 +232,29 @@ class _GradientOfCached(torch.autograd.Function):
         return fake_quantize_backward_op(gradients[0].contiguous(), mask, ctx.block), None, None, None
 
 
+class _CachedWeight(NamedTuple):
+    """A quantized weight, and what the weight was when it was made."""
+
+    weight: "weakref.ref[Tensor]"
+    key: tuple[Any, ...]
+    values: Tensor
+    mask: Tensor
+
+
 class WeightQuantizer(_Operand):
     """Quantizes a layer's weight (N, K) once per optimizer step, however many micro-batches use it.
 
-    The cache is for training: without gradients the weight is always quantized afresh. It is renewed when the weight's
-    storage, version or contents change and after any torch optimizer's step (fused optimizers write without raising the
-    version). On a GPU the contents are not looked at, which would stall it: code that changes a weight through `.data`
-    there, other than by an optimizer, calls `forget()`.
+    The cache is for eager training: without gradients, with a learned step and under torch.compile the weight is always
+    quantized afresh. It is renewed when the weight is another tensor, when its storage, version or
+    contents change, and after any torch optimizer's step (fused optimizers write without raising the version). On a GPU
+    the contents are not looked at, which would stall it: code that changes a weight through `.data` there, other than
+    by an optimizer, calls `forget()`.
     """
 
     def __init__(self, spec: Quantizer | None, weight: Tensor, rotation: Rotation) -> None:
         learned = spec is not None and spec.is_learned
         super().__init__(spec, encode(weight.detach(), spec, rotation).step if learned and spec is not None else None)
-        self._cached: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
+        self._cached: _CachedWeight | None = None
 
     def forget(self) -> None:
         """Drop the cached quantized weight."""
@@ -212,30 +263,28 @@ class WeightQuantizer(_Operand):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None}  # copies of the module start without a cache
 
-    def _key(self, weight: Tensor, rotation: Rotation) -> tuple[Any, ...]:
-        contents = int(weight.detach().view(_INTEGER_OF_SIZE[weight.element_size()]).sum()) if _is_cheap(weight) else 0
-        return (weight.data_ptr(), weight._version, _optimizer_steps, contents, weight.dtype, rotation.block)
-
     def forward(self, weight: Tensor, rotation: Rotation) -> Tensor:
         """The weight (N, K) quantized, or only rotated, in rotated space and in its dtype."""
         if self.spec is None:
             return self._rotated(weight, rotation)
-        if self.step is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.step is not None or not torch.is_grad_enabled() or not can_be_recognised(weight):
             return self._quantized(weight, rotation)
-        key = self._key(weight, rotation)
-        if self._cached is None or self._cached[0] != key:
+        key = (_state(weight), weight.dtype, rotation.block)
+        cached = self._cached
+        if cached is None or cached.weight() is not weight or cached.key != key:
             with torch.no_grad():
                 values, mask, _ = fake_quantize_op(weight, None, self.text, rotation.block)
-            self._cached = (key, values, mask)
-        _, values, mask = self._cached
+            cached = self._cached = _CachedWeight(weakref.ref(weight), key, values, mask)
         if _recording:
-            _record(self, mask, weight.numel())
-        result: Tensor = _GradientOfCached.apply(weight, values, mask, rotation.block)
+            _record(self, cached.mask, weight.numel())
+        result: Tensor = _GradientOfCached.apply(weight, cached.values, cached.mask, rotation.block)
         return result
 
 
-_INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _is_cheap(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.is_contiguous()
+def _state(weight: Tensor) -> tuple[int, ...]:
+    """Numbers that differ once the weight does."""
+    contents = 0
+    if weight.device.type == "cpu":
+        # A checksum that sees order, and reads faster than torch sums integers.
+        contents = zlib.crc32(weight.detach().contiguous().view(torch.uint8).numpy().data)
+    return (weight.data_ptr(), weight._version, _optimizer_steps, contents)

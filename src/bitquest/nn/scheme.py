@@ -26,7 +26,7 @@ _GROUPS = ("g32", "g64", "g128")
 _GRAMMAR = (
     "none, or wBaB[-fp4|-ternary][-2:4|-4:8][-g32|-g64|-g128][-norot][-ste|-clip][-h8|-h4] with B from 1 to 8, or 16"
 )
-_WIDTHS = re.compile(r"w(\d+)a(\d+)")
+_WIDTHS = re.compile(r"w(0|[1-9][0-9]{0,2})a(0|[1-9][0-9]{0,2})")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class Scheme:
 
         Raises ConfigError naming the part that is not understood and the nearest one that is.
         """
+        if not isinstance(text, str):
+            raise ConfigError(f"a scheme's name is a string such as 'w4a4', not {text!r}")
         text = text.strip().lower() if not text.lstrip().startswith("{") else text.strip()
         if text.startswith("{"):
             try:
@@ -128,7 +130,7 @@ def _compose(text: str, weight_bits: int, activation_bits: int, suffixes: list[s
     for suffix in suffixes:
         if suffix not in known:
             nearest = difflib.get_close_matches(suffix, known, 1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
             raise ConfigError(f"scheme {text!r}: {suffix!r} is unknown{hint} A scheme is {_GRAMMAR}")
     format_name, group = pick(_FORMATS, "format"), pick(_GROUPS, "group size")
     sparsity = _SPARSITIES.get(pick(_SPARSITIES, "sparsity") or "", Dense())

@@ -5,6 +5,7 @@ quantized values are in units of the step Δ here, so a threshold is a plain num
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from bitquest.errors import ConfigError
 from bitquest.numerics.grids import Grid
 
+EVERYWHERE = (-math.inf, math.inf)
+
 
 def _within(x_in_steps: Tensor, low: float, high: float) -> Tensor:
     # Two comparisons into one-byte results: cheaper than |x|, which writes a float tensor. NaN is outside.
@@ -21,7 +24,8 @@ def _within(x_in_steps: Tensor, low: float, high: float) -> Tensor:
 
 
 def _positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and 0 < value <= sys.float_info.max):
         raise ConfigError(f"{name} must be a positive finite number, not {value!r}")
 
 
@@ -29,13 +33,13 @@ def _positive(name: str, value: float) -> None:
 class StraightThrough:
     """Every element passes its gradient (Bengio et al., arXiv 1308.3432)."""
 
-    def range(self, grid: Grid, sparse: bool) -> tuple[float, float] | None:
-        """The interval of x/Δ in which M = 1, where M depends on x alone."""
-        return (-math.inf, math.inf)
+    def range(self, grid: Grid) -> tuple[float, float] | None:
+        """The interval of x/Δ in which M = 1, or None where it takes |x_q − x_h| to tell."""
+        return EVERYWHERE
 
-    def threshold(self, grid: Grid) -> float:
-        """T/Δ, where M = 1[|x_q − x_h| ≤ T]."""
-        return math.inf
+    def range_of_dropped(self, grid: Grid) -> tuple[float, float]:
+        """The same for an element that N:M sparsity sets to zero."""
+        return EVERYWHERE
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "straight_through"}
@@ -50,12 +54,12 @@ class Clip:
     def __post_init__(self) -> None:
         _positive("the clip ratio", self.ratio)
 
-    def range(self, grid: Grid, sparse: bool) -> tuple[float, float] | None:
+    def range(self, grid: Grid) -> tuple[float, float] | None:
+        return self.range_of_dropped(grid)
+
+    def range_of_dropped(self, grid: Grid) -> tuple[float, float]:
         limit = self.ratio * grid.max_level
         return (-limit, limit)
-
-    def threshold(self, grid: Grid) -> float:
-        return math.inf
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "clip", "ratio": float(self.ratio)}
@@ -66,7 +70,8 @@ class Trust:
     """M = 1[|x_q − x_h| ≤ T], T = factor × half the outermost gap of the grid (Δ/2 on a uniform grid).
 
     Where no interior value can be further than T from its level, M masks clipped outliers only and is evaluated as
-    such: the difference of two nearly equal numbers would mask interior values by rounding alone.
+    such: the difference of two nearly equal numbers would mask interior values by rounding alone. An element that N:M
+    sparsity sets to zero is |x_h| away from what it became.
     """
 
     factor: float = 1.0
@@ -74,13 +79,18 @@ class Trust:
     def __post_init__(self) -> None:
         _positive("the trust factor", self.factor)
 
-    def range(self, grid: Grid, sparse: bool) -> tuple[float, float] | None:
+    def range(self, grid: Grid) -> tuple[float, float] | None:
         reach = self.threshold(grid)
-        if sparse or 2 * reach < grid.largest_gap:
+        if 2 * reach < grid.largest_gap:
             return None
         return (grid.levels[0] - reach, grid.levels[-1] + reach)
 
+    def range_of_dropped(self, grid: Grid) -> tuple[float, float]:
+        reach = self.threshold(grid)
+        return (-reach, reach)
+
     def threshold(self, grid: Grid) -> float:
+        """T/Δ."""
         return self.factor * grid.outer_gap / 2
 
     def to_json(self) -> dict[str, Any]:
@@ -91,18 +101,27 @@ Estimator = StraightThrough | Clip | Trust
 ALL_ESTIMATORS: tuple[Estimator, ...] = (StraightThrough(), Clip(), Clip(1.3), Trust(), Trust(0.5), Trust(2.0))
 
 
-def mask_before_rounding(estimator: Estimator, x_in_steps: Tensor, grid: Grid, sparse: bool) -> Tensor | None:
+def passes_everything(estimator: Estimator, grid: Grid) -> bool:
+    """Whether M = 1 for all values, so that nobody has to store it."""
+    return estimator.range(grid) == estimator.range_of_dropped(grid) == EVERYWHERE
+
+
+def mask_before_rounding(estimator: Estimator, x_in_steps: Tensor, grid: Grid, kept: Tensor | None) -> Tensor | None:
     """M (bool) where x alone decides it, else None: then `mask_after_rounding` does. Empty: every element passes."""
-    limits = estimator.range(grid, sparse)
+    limits = estimator.range(grid)
     if limits is None:
         return None
-    if limits == (-math.inf, math.inf):
+    if passes_everything(estimator, grid):
         return torch.empty(0, dtype=torch.bool, device=x_in_steps.device)
-    return _within(x_in_steps, *limits)
+    mask, limits_of_dropped = _within(x_in_steps, *limits), estimator.range_of_dropped(grid)
+    if kept is None or limits == limits_of_dropped:
+        return mask
+    return torch.where(kept, mask, _within(x_in_steps, *limits_of_dropped))
 
 
 def mask_after_rounding(estimator: Estimator, x_in_steps: Tensor, q_in_steps: Tensor, grid: Grid) -> Tensor:
     """M (bool) from the distance between a value and what it became."""
+    assert isinstance(estimator, Trust), "the other estimators decide before rounding"
     return (q_in_steps - x_in_steps).abs_() <= estimator.threshold(grid)
 
 

@@ -52,7 +52,9 @@ class FakeQuantized(NamedTuple):
 def _in_steps(
     x: Tensor, quantizer: Quantizer, rotation: Rotation, step: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rotate and scale: x_h/Δ grouped by shared step (ours to overwrite), Δ as (…, 1), and the kept mask."""
+    """Rotate and scale: x_h/Δ grouped by shared step (ours to overwrite), Δ as (…, 1), and kept, grouped alike."""
+    if not x.is_floating_point():
+        raise ConfigError(f"only floating-point tensors are quantized, not {x.dtype}")
     quantizer.check(x.shape[-1])
     x_h = rotation.apply(x)
     kept = quantizer.sparsity.kept(x_h)
@@ -62,6 +64,8 @@ def _in_steps(
     else:
         delta = step.unsqueeze(-1) if grouped.dim() > x.dim() else step
     ours = x_h.data_ptr() != x.data_ptr()
+    if kept is not None:
+        kept = kept.reshape(grouped.shape)
     return (grouped.div_(delta) if ours else grouped / delta), delta, kept
 
 
@@ -70,17 +74,17 @@ def fake_quantize_forward(
 ) -> FakeQuantized:
     """Steps 1 to 3. x (…, K) of any float dtype; `step` replaces the scale rule's Δ (learned or frozen).
 
-    Raises ConfigError if K does not fit the rotation, the groups or the sparsity pattern.
+    Raises ConfigError if x is no float or K does not fit the rotation, the groups or the sparsity pattern.
     """
-    grid, sparse = quantizer.grid, quantizer.is_sparse
+    grid = quantizer.grid
     t, delta, kept = _in_steps(x, quantizer, rotation, step)
-    mask = mask_before_rounding(quantizer.estimator, t, grid, sparse)
+    mask = mask_before_rounding(quantizer.estimator, t, grid, kept)
     learned = step is not None and quantizer.is_learned
     before = t.clone() if mask is None or learned else None
     q = grid.nearest_(t)
     if kept is not None:
-        q.mul_(kept.reshape(q.shape))
-    residual = torch.empty(0, device=x.device)
+        q.mul_(kept)
+    residual = torch.empty(0, dtype=torch.float32, device=x.device)
     if before is not None:
         if mask is None:
             mask = mask_after_rounding(quantizer.estimator, before, q, grid)
@@ -99,7 +103,7 @@ def fake_quantize_backward(gradient: Tensor, mask: Tensor, rotation: Rotation) -
 
 def step_gradient(gradient: Tensor, residual: Tensor, step_shape: torch.Size, quantizer: Quantizer) -> Tensor:
     """∂L/∂Δ of a learned step, with LSQ's scale 1/√(elements per step · largest level). float32, shaped as the step."""
-    product = (gradient.to(torch.float32) * residual).flatten(0, -2)
+    product = gradient.to(torch.float32) * residual
     grouped = quantizer.granularity.grouped(product)
     summed = grouped.sum(-1, keepdim=True)
     per_step = grouped.shape[-1]
@@ -139,11 +143,11 @@ def encode(x: Tensor, quantizer: Quantizer, rotation: Rotation, step: Tensor | N
     with torch.no_grad():
         rotation = rotation.resolve(x.shape[-1])
         t, delta, kept = _in_steps(x, quantizer, rotation, step)
-        codes = quantizer.grid.encode(t).reshape(x.shape)
+        codes = quantizer.grid.encode(t)
         if kept is not None:
-            codes = codes * kept
+            codes, kept = codes * kept, kept.reshape(x.shape)
         shape = quantizer.granularity.step_shape(tuple(x.shape)) if step is None else tuple(step.shape)
-        return Encoded(codes, delta.reshape(shape), kept)
+        return Encoded(codes.reshape(x.shape), delta.reshape(shape), kept)
 
 
 def quantize(x: Tensor, quantizer: Quantizer, rotation: Rotation) -> tuple[Tensor, Tensor]:

@@ -92,7 +92,12 @@ class CodebookGrid:
     exact: bool = False
 
     def __post_init__(self) -> None:
-        levels = tuple(float(level) for level in self.levels)
+        if not all(isinstance(level, int | float) and not isinstance(level, bool) for level in self.levels):
+            raise ConfigError(f"the levels of codebook {self.name!r} must be numbers: {self.levels}")
+        try:
+            levels = tuple(float(level) for level in self.levels)
+        except OverflowError:
+            raise ConfigError(f"codebook {self.name!r} has a level that is too large") from None
         if not 2 <= len(levels) <= 256:
             raise ConfigError(f"codebook {self.name!r} has {len(levels)} levels; 2 to 256 are possible")
         if not all(math.isfinite(level) for level in levels):
@@ -136,7 +141,8 @@ class CodebookGrid:
 
     def _index(self, x_in_steps: Tensor) -> Tensor:
         middles = [(a + b) / 2 for a, b in pairwise(self.levels)]
-        return torch.bucketize(x_in_steps, torch.tensor(middles, device=x_in_steps.device), out_int32=True)
+        bounds = torch.tensor(middles, dtype=torch.float32, device=x_in_steps.device)
+        return torch.bucketize(x_in_steps, bounds, out_int32=True)
 
     def encode(self, x_in_steps: Tensor) -> Tensor:
         """Codes (int8): index of the nearest level − 2^(bits−1), for values in units of Δ."""
@@ -144,12 +150,12 @@ class CodebookGrid:
 
     def decode(self, codes: Tensor) -> Tensor:
         """Levels (float32, units of Δ) of codes."""
-        table = torch.tensor(self.levels, device=codes.device)
+        table = torch.tensor(self.levels, dtype=torch.float32, device=codes.device)
         return table[codes.to(torch.int64) + 2 ** (self.bits - 1)]
 
     def nearest_(self, x_in_steps: Tensor) -> Tensor:
         """decode(encode(x)) in place on a float tensor in units of Δ."""
-        table = torch.tensor(self.levels, device=x_in_steps.device)
+        table = torch.tensor(self.levels, dtype=torch.float32, device=x_in_steps.device)
         return x_in_steps.copy_(table[self._index(x_in_steps)])
 
     def to_json(self) -> dict[str, Any]:
@@ -176,8 +182,6 @@ def grid_from_json(fields: dict[str, Any]) -> Grid:
         case {"kind": "uniform", "bits": bits, "exact": bool(exact), **rest} if not rest:
             return UniformGrid(bits, exact)
         case {"kind": "codebook", "name": str(name), "levels": list(levels), "exact": bool(exact), **rest} if not rest:
-            if not all(isinstance(level, int | float) for level in levels):
-                raise ConfigError(f"the levels of codebook {name!r} must be numbers")
             return CodebookGrid(name, tuple(levels), exact)
     raise ConfigError(
         f"not a grid: {fields!r}; expected kind 'uniform' (bits, exact) or 'codebook' (name, levels, exact)"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bitquest.numerics.grids import CodebookGrid, Grid, UniformGrid
+from bitquest.numerics.rotations import without_autocast
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def _codebook_form(grid: CodebookGrid) -> IntegerForm | None:
 def integer_product(x_a: Tensor, w_a: Tensor) -> Tensor:
     """Σ_k x_a[t, k]·w_a[n, k] as int32 (T, N), from int8 (T, K) and (N, K). Exact for K < 2^17."""
     if x_a.device.type != "cuda":
+        if x_a.shape[1] == 1:  # a column is its own transpose in memory, which the CPU kernel reads wrongly
+            x_a, w_a = (torch.nn.functional.pad(a, (0, 1)) for a in (x_a, w_a))
         return torch._int_mm(x_a, w_a.t())
     # The CUDA kernel wants more than 16 rows and multiples of 8; zeros add nothing.
     tokens, width, channels = x_a.shape[0], x_a.shape[1], w_a.shape[0]
@@ -106,6 +109,12 @@ def integer_linear(
     return result
 
 
+def float_linear(x: Tensor, w: Tensor) -> Tensor:
+    """x Wᵀ in float32 for float32 operands, autocast or not."""
+    with without_autocast(x.device.type):
+        return torch.nn.functional.linear(x, w)
+
+
 def weight_only_linear(x_h: Tensor, w_a: Tensor, w_step: Tensor, w_form: IntegerForm) -> Tensor:
     """x_h Wᵀ (T, N) for float x_h (T, K) in rotated space: float times integers, one scale per channel or group."""
     groups = w_step.shape[-1]
@@ -116,7 +125,7 @@ def weight_only_linear(x_h: Tensor, w_a: Tensor, w_step: Tensor, w_form: Integer
         integers = w_a[:, part].to(torch.float32)
         if w_form.offset or w_form.factor != 1:
             integers.mul_(w_form.factor).add_(w_form.offset)
-        product = torch.nn.functional.linear(x_h[:, part], integers).mul_(w_step[:, g] * w_form.unit)
+        product = float_linear(x_h[:, part], integers).mul_(w_step[:, g] * w_form.unit)
         result = product if result is None else result.add_(product)
     assert result is not None
     return result

@@ -21,6 +21,7 @@ def packed_width(length: int, bits: int) -> int:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """int8 codes (…, K), centred, to uint8 (…, ⌈K·bits/8⌉). Raises FormatError for a code outside the range."""
+    _check(codes, torch.int8, bits)
     half = 2 ** (bits - 1)
     if codes.numel() and (int(codes.min()) < -half or int(codes.max()) >= half):
         raise FormatError(f"codes from {int(codes.min())} to {int(codes.max())} do not fit {bits} bits")
@@ -39,6 +40,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
     """uint8 (…, ⌈length·bits/8⌉) to int8 codes (…, length). Another row size or set spare bits: FormatError."""
+    _check(packed, torch.uint8, bits)
     if packed.shape[-1] != packed_width(length, bits):
         raise FormatError(
             f"{length} codes of {bits} bits take {packed_width(length, bits)} bytes a row, not {packed.shape[-1]}"
@@ -54,6 +56,13 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
         u = (spread[:, : length * bits].unflatten(-1, (length, bits)) * weight).sum(-1, dtype=torch.uint8)
         out.copy_((u.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8))
     return codes.reshape(*packed.shape[:-1], length)
+
+
+def _check(rows: Tensor, dtype: torch.dtype, bits: int) -> None:
+    if rows.dtype != dtype:
+        raise FormatError(f"expected a tensor of {dtype}, not {rows.dtype}")
+    if bits not in range(1, 9):
+        raise FormatError(f"codes have 1 to 8 bits, not {bits!r}")
 
 
 def _chunks(rows: Tensor, length: int) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@
 as (…, K/n, n) · (n, n): about 2 % of a layer's operations at n = 128, where a dense K×K matrix would cost up to 69 %.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -29,12 +30,12 @@ class NoRotation:
         return 1
 
     def apply(self, x: Tensor) -> Tensor:
-        """x itself, as float32."""
-        return x.to(torch.float32)
+        """x itself, as float32, contiguous."""
+        return x.to(torch.float32).contiguous()
 
     def inverse(self, x: Tensor) -> Tensor:
-        """x itself, as float32."""
-        return x.to(torch.float32)
+        """x itself, as float32, contiguous."""
+        return self.apply(x)
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "none"}
@@ -73,7 +74,7 @@ class BlockHadamard:
         return self.block_size
 
     def apply(self, x: Tensor) -> Tensor:
-        """xH in float32 whatever the dtype of x (…, K); autocast is off inside."""
+        """xH in float32 whatever the dtype of x (…, K), contiguous; autocast is off inside."""
         rotation = self if self.block_size is not None else self.resolve(x.shape[-1])
         if isinstance(rotation, NoRotation):
             return rotation.apply(x)
@@ -81,8 +82,8 @@ class BlockHadamard:
         if x.shape[-1] % n:
             rotation.resolve(x.shape[-1])
         blocks = x.to(torch.float32).reshape(-1, n)
-        if torch.get_float32_matmul_precision() == "highest":
-            with torch.autocast(x.device.type, enabled=False):
+        if _products_are_exact(x.device.type):
+            with without_autocast(x.device.type):
                 return (blocks @ hadamard(n, x.device)).view(x.shape)
         return _butterfly(blocks).view(x.shape)  # TF32 or bf16 products would move codes: use additions only
 
@@ -94,13 +95,32 @@ class BlockHadamard:
         return {"kind": "block_hadamard", "block_size": self.block_size}
 
 
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast off, on the devices that have one."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
+
+
+def _products_are_exact(device_type: str) -> bool:
+    # Asked per device: the global getter raises once any device was set on its own.
+    match device_type:
+        case "cpu":
+            precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+        case "cuda":
+            precision = torch.backends.cuda.matmul.fp32_precision
+        case _:
+            return False
+    return precision in ("none", "ieee")
+
+
 @lru_cache(maxsize=32)
 def hadamard(n: int, device: torch.device) -> Tensor:
     """The orthonormal Sylvester-Hadamard matrix (n, n), float32, n a power of two."""
-    matrix = torch.ones(1, 1)
-    while matrix.shape[0] < n:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
-    return (matrix / n**0.5).to(device)
+    with torch.inference_mode(False):  # kept for later, when autograd may want to save it
+        matrix = torch.ones(1, 1, dtype=torch.float32, device="cpu")
+        while matrix.shape[0] < n:
+            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
+        return (matrix / n**0.5).to(device)
 
 
 def _butterfly(blocks: Tensor) -> Tensor:

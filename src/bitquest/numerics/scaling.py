@@ -57,7 +57,7 @@ class PerGroup:
     size: int
 
     def __post_init__(self) -> None:
-        if self.size not in (32, 64, 128):
+        if not isinstance(self.size, int) or self.size not in (32, 64, 128):
             raise ConfigError(f"a group has 32, 64 or 128 elements, not {self.size!r}")
 
     def check(self, width: int) -> None:

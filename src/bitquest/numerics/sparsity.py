@@ -36,7 +36,8 @@ class NofM:
     pair: bool = False
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.n, int) and isinstance(self.m, int) and 1 <= self.n < self.m <= 32):
+        integers = all(isinstance(number, int) and not isinstance(number, bool) for number in (self.n, self.m))
+        if not (integers and 1 <= self.n < self.m <= 32):
             raise ConfigError(f"N:M sparsity needs 1 ≤ n < m ≤ 32, not {self.n}:{self.m}")
 
     @property

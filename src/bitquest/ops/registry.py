@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitquest.numerics.estimators import passes_everything
 from bitquest.numerics.fake_quant import encode as encode_reference
 from bitquest.numerics.fake_quant import fake_quantize_backward, fake_quantize_forward, step_gradient
 from bitquest.numerics.grids import Grid, grid_from_json
@@ -45,10 +46,6 @@ def _form(text: str) -> IntegerForm:
     return form
 
 
-def _has_no_mask(quantizer: Quantizer) -> bool:
-    return quantizer.estimator.to_json()["kind"] == "straight_through"
-
-
 # --- fake_quantize -------------------------------------------------------------------------------------------------
 
 
@@ -62,7 +59,7 @@ def fake_quantize_op(x: Tensor, step: Tensor | None, quantizer: str, block: int)
 @fake_quantize_op.register_fake
 def _(x: Tensor, step: Tensor | None, quantizer: str, block: int) -> tuple[Tensor, Tensor, Tensor]:
     q = _quantizer(quantizer)
-    mask = x.new_empty(0 if _has_no_mask(q) else x.shape, dtype=torch.bool)
+    mask = x.new_empty(0 if passes_everything(q.estimator, q.grid) else x.shape, dtype=torch.bool)
     residual = x.new_empty(x.shape if step is not None and q.is_learned else 0, dtype=torch.float32)
     return x.new_empty(x.shape), mask, residual
 
