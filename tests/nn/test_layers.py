@@ -188,6 +188,10 @@ class Toy(nn.Module):
         return result
 
 
+class Scaled(nn.Embedding):
+    """As some models have it."""
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", ["w1a1", "w4a4-h8", "w2a8-g32-h4", "w16a16-norot-h8"])
 def test_whole_models_pack(name: str, tied: bool) -> None:
@@ -237,6 +241,8 @@ def test_parameters_keep_name_and_identity() -> None:
         (lambda: quantize_(nn.Sequential(nn.Linear(96, 8)), Scheme(rotation=BlockHadamard(64))), "width 96"),
         (lambda: quantize_(quantize_(Toy(), "w4a4"), "w4a4"), "quantized already"),
         (lambda: quantize_(nn.Sequential(nn.ReLU()), "w4a4"), r"no nn\.Linear"),
+        (lambda: quantize_(nn.ModuleDict({"e": Scaled(9, 96)}), "w4a4-h8"), "e: Scaled has a forward of its own"),
+        (lambda: quantize_(nn.ModuleDict({"e": nn.Embedding(9, 96, max_norm=1.0)}), "w4a4-h8"), "e: .* no max_norm"),
         (lambda: quantize_(Toy(), "w4a4", lambda m, n: False), "filter_fn refused"),
         (lambda: quantize_(Toy(tied=True), Scheme(head=Quantizer(UniformGrid(8)))), "share one weight"),
         (lambda: pack_(quantize_(Toy(), "w8a8-2:4")), "up: sparse 8-bit weights cannot be packed"),
@@ -263,6 +269,45 @@ def test_moving_a_packed_layer_keeps_its_numbers() -> None:
     assert packed.step.dtype == torch.float32  # type: ignore[union-attr]
     assert torch.equal(packed.step, step)  # type: ignore[arg-type]
     assert packed(torch.randn(2, 96).bfloat16()).dtype == torch.bfloat16
+
+
+def test_moving_a_packed_model_keeps_its_numbers() -> None:
+    model = quantize_(nn.ModuleDict({"embed": nn.Embedding(9, 96), "up": nn.Linear(96, 8)}), "w4a4-h8")
+    before = {name: tensor.clone() for name, tensor in pack_(model).state_dict().items()}
+    for name, tensor in model.to(torch.bfloat16).float().state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_learned_steps_stay_float32() -> None:
+    made = layer(learned(4))
+    made(torch.randn(3, 96))
+    made.to(torch.bfloat16)(torch.randn(3, 96).bfloat16()).sum().backward()
+    packed = PackedLinear.of(made)
+    for step in (made.weight_quantizer.step, made.activation_quantizer.step, packed.step, packed.activation_step):
+        assert step is not None
+        assert step.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["w1a1", "w4a4", "w8a8", "w4a16", "w16a4", "w4a4-fp4", "w1a8"])
+@pytest.mark.parametrize("width", [1, 3, 576])
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 0), (2, 3)], ids=str)
+def test_any_shape(name: str, width: int, shape: tuple[int, ...]) -> None:
+    made = layer(name, width, 5)
+    x = torch.randn(*shape, width, requires_grad=True)
+    y = made(x)
+    y.sum().backward()
+    assert y.shape == (*shape, 5)
+    assert bool(made.weight.grad.isfinite().all())  # type: ignore[union-attr]
+    with torch.no_grad():
+        assert torch.allclose(PackedLinear.of(made)(x), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["w4a16", "w4a4", "w16a4"])
+def test_packed_layers_compute_in_float32_under_autocast(name: str) -> None:
+    packed, x = PackedLinear.of(layer(name)), torch.randn(4, 96)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = packed(x)
+    assert torch.equal(inside, packed(x.clone()))
 
 
 def test_mixed_group_sizes() -> None:

@@ -80,6 +80,11 @@ def test_what_names_mean() -> None:
         ("{", "not valid JSON"),
         ('{"weight": 1}', "a scheme has the keys"),
         ("", "unknown scheme"),
+        ("w4a4-", r"'' is unknown\. A scheme is"),
+        ("w01a4", "unknown scheme"),
+        ("w１a1", "unknown scheme"),
+        ("w" + "9" * 5000 + "a1", "unknown scheme"),
+        (4, "a string such as 'w4a4', not 4"),
     ],
 )
 def test_names_that_are_none(name: str, message: str) -> None:

@@ -23,6 +23,7 @@ from bitquest.numerics import (
     encode,
     fake_quantize,
 )
+from bitquest.numerics.rotations import hadamard
 
 ROWS, WIDTH = 3, 128
 
@@ -175,6 +176,82 @@ def test_gradient_of_a_learned_step(bits: int, granularity: object) -> None:
     assert torch.allclose(step.grad.double().flatten(), expected, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
 
 
+def test_a_kept_value_on_a_threshold_is_trusted() -> None:
+    """Rounding alone puts it a hair more than half a step from its level; METHOD masks no interior value for that."""
+    below_one = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
+    for sparsity in (bq.Dense(), bq.NofM(2, 4)):
+        x = torch.stack([below_one, torch.tensor(3.0), torch.tensor(0.6), torch.tensor(0.4)]).view(1, 4)
+        x.requires_grad_()
+        y = fake_quantize(x, Quantizer(UniformGrid(4), sparsity=sparsity), NoRotation(), torch.ones(1, 1))
+        assert float(y.detach()[0, 0] - x.detach()[0, 0]) > 0.5
+        y.sum().backward()
+        assert x.grad is not None
+        dropped = [1.0, 1.0] if sparsity == bq.Dense() else [0.0, 1.0]  # |x| ≤ Δ/2 decides
+        assert x.grad.tolist() == [[1.0, 1.0, *dropped]]
+
+
+def test_a_vector_is_a_row() -> None:
+    x, step = torch.randn(64, requires_grad=True), torch.ones(1, requires_grad=True)
+    for granularity in (bq.PerTensor(), bq.PerRow()):
+        fake_quantize(x, Quantizer(granularity=granularity, scale=Learned()), BlockHadamard(), step).sum().backward()
+    assert step.grad is not None
+
+
+@pytest.mark.parametrize("rotation", ALL_ROTATIONS, ids=str)
+@pytest.mark.parametrize("grid", [UniformGrid(4), bq.FP4], ids=str)
+def test_layout_in_memory_does_not_matter(grid: object, rotation: object) -> None:
+    quantizer = Quantizer(grid)  # type: ignore[arg-type]
+    x = torch.randn(64, 6)
+    for view in (
+        x.t(),
+        torch.randn(3, 128)[:, ::2],
+        torch.randn(64).expand(3, 64),
+        torch.randn(3, 2, 64).transpose(0, 1),
+    ):
+        y = fake_quantize(view, quantizer, rotation)  # type: ignore[arg-type]
+        assert y.is_contiguous()
+        assert torch.equal(y, fake_quantize(view.contiguous(), quantizer, rotation))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
+    """Loaders change it while they build a model."""
+    x = torch.randn(3, 64)
+    quantizers = [Quantizer(grid) for grid in (*ALL_GRIDS, bq.CodebookGrid("odd", (-1.0, -0.333, 0.4, 1.0)))]
+
+    def results() -> list[torch.Tensor]:
+        hadamard.cache_clear()
+        made = []
+        for quantizer in quantizers:
+            codes, step, _ = encode(x, quantizer, BlockHadamard())
+            made += [fake_quantize(x, quantizer, BlockHadamard()), codes, step, dequantize(codes, step, quantizer.grid)]
+        return made
+
+    expected = results()
+    torch.set_default_dtype(dtype)
+    try:
+        got = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(expected, got, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_what_is_not_finite_stays_visible(bits: int) -> None:
+    """A row with NaN or infinity, or too large for σ in float32, becomes non-finite; the other rows are as before."""
+    x = torch.randn(5, 64)
+    x[1, 3], x[2, 5], x[3] = torch.nan, torch.inf, 1e30
+    quantizer = Quantizer(UniformGrid(bits))
+    for rotation in (NoRotation(), BlockHadamard()):
+        y = fake_quantize(x, quantizer, rotation)
+        assert y[[1, 2, 3]].isfinite().all(-1).tolist() == [False, False, False]
+        assert torch.equal(y[[0, 4]], fake_quantize(x[[0, 4]], quantizer, rotation))
+        step = encode(x, quantizer, rotation).step
+        assert step.isfinite().flatten().tolist() == [True, False, False, False, True]
+
+
 def test_sparse_quantize_points_to_encode() -> None:
     with pytest.raises(ValueError, match="encode"):
         bq.quantize(torch.randn(2, 64), Quantizer(sparsity=bq.NofM(2, 4)), NoRotation())
@@ -194,6 +271,12 @@ def test_sparse_quantize_points_to_encode() -> None:
         (lambda: bq.Clip(0), "positive"),
         (lambda: bq.Trust(float("inf")), "positive"),
         (lambda: bq.NofM(4, 4), "n < m"),
+        (lambda: bq.NofM(True, 4), "n < m"),
+        (lambda: bq.PerGroup(32.0), "32, 64 or 128"),  # type: ignore[arg-type]
+        (lambda: bq.CodebookGrid("x", (1.0, 10**400)), "too large"),
+        (lambda: bq.CodebookGrid("x", (True, 2.0)), "numbers"),
+        (lambda: bq.Clip(10**400), "positive finite"),
+        (lambda: fake_quantize(torch.arange(64), Quantizer(), NoRotation()), "floating-point"),
         (lambda: BlockHadamard(96), "power of two"),
         (lambda: BlockHadamard(64).resolve(96), "does not fit width 96"),
         (lambda: Quantizer(UniformGrid(2), scale=bq.AbsMean()), "AbsMean"),

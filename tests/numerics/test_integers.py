@@ -19,6 +19,7 @@ from bitquest.numerics import (
     integer_linear,
     weight_only_linear,
 )
+from bitquest.numerics.integers import integer_product
 
 GRIDS = [grid for grid in ALL_GRIDS if integer_form(grid) is not None]
 
@@ -64,6 +65,27 @@ def test_integer_linear_is_exact(x_grid: object, w_grid: object, groups: tuple) 
     )
     alone = weight_only_linear(x_values.float(), w_form.of_codes(w.codes), w.step, w_form)
     assert torch.allclose(alone.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 17])
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 31, 64])
+@pytest.mark.parametrize("channels", [1, 2, 3, 33])
+def test_products_of_every_shape(tokens: int, width: int, channels: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    x = torch.randint(-128, 128, (tokens, width), generator=generator, dtype=torch.int8)
+    wide = torch.randint(-128, 128, (channels, width + 7), generator=generator, dtype=torch.int8)
+    for w in (wide[:, :width].contiguous(), wide[:, 5 : 5 + width]):
+        assert torch.equal(integer_product(x, w).long(), x.long() @ w.long().t())
+
+
+def test_autocast_does_not_reach_the_weight_only_product() -> None:
+    grid = UniformGrid(4)
+    form, x = integer_form(grid), torch.randn(5, 64)
+    w = encode(torch.randn(7, 64), Quantizer(grid), NoRotation())
+    assert form is not None
+    exact = weight_only_linear(x, form.of_codes(w.codes), w.step, form)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(weight_only_linear(x, form.of_codes(w.codes), w.step, form), exact)
 
 
 def test_unit_steps_give_the_integer_itself() -> None:

@@ -42,3 +42,12 @@ def test_refusals() -> None:
         unpack(torch.zeros(1, 3, dtype=torch.uint8), 3, 5)
     with pytest.raises(FormatError, match="spare bits"):
         unpack(torch.full((1, 2), 255, dtype=torch.uint8), 3, 5)
+    for bits in (0, 9):
+        with pytest.raises(FormatError, match="1 to 8 bits"):
+            pack(torch.zeros(1, 4, dtype=torch.int8), bits)
+        with pytest.raises(FormatError, match="1 to 8 bits"):
+            unpack(torch.zeros(1, 4, dtype=torch.uint8), bits, 4)
+    with pytest.raises(FormatError, match=r"torch\.int8, not torch\.float32"):
+        pack(torch.zeros(1, 4), 4)
+    with pytest.raises(FormatError, match=r"torch\.uint8, not torch\.int8"):
+        unpack(torch.zeros(1, 2, dtype=torch.int8), 4, 4)

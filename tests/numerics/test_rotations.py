@@ -1,3 +1,5 @@
+import operator
+
 import pytest
 import reference
 import torch
@@ -5,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitquest.numerics import BlockHadamard, NoRotation
-from bitquest.numerics.rotations import hadamard
+from bitquest.numerics.rotations import _products_are_exact, hadamard
 
 
 @pytest.mark.parametrize("n", [2, 4, 32, 64, 128, 256])
@@ -41,6 +43,38 @@ def test_reduced_matmul_precision_does_not_reach_the_rotation() -> None:
         assert torch.allclose(BlockHadamard().apply(x), exact, atol=2e-6)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("where", ["mkldnn.matmul", "cuda.matmul"])
+def test_precision_set_per_backend_does_not_reach_the_rotation(where: str) -> None:
+    """After which torch's global getter raises."""
+    x = torch.randn(5, 256)
+    exact = BlockHadamard().apply(x)
+    backend = operator.attrgetter(where)(torch.backends)
+    before = backend.fp32_precision
+    backend.fp32_precision = "tf32"
+    try:
+        assert torch.allclose(BlockHadamard().apply(x), exact, atol=2e-6)
+        assert _products_are_exact("cpu") == (where == "cuda.matmul")
+        assert not _products_are_exact("mps")
+    finally:
+        backend.fp32_precision = before
+
+
+def test_a_matrix_first_made_for_inference_serves_training() -> None:
+    hadamard.cache_clear()
+    with torch.inference_mode():
+        BlockHadamard().apply(torch.randn(2, 64))
+    x = torch.randn(2, 64, requires_grad=True)
+    BlockHadamard().apply(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_other_devices() -> None:
+    hadamard.cache_clear()
+    with torch.device("meta"):
+        assert BlockHadamard().apply(torch.randn(2, 64)).is_meta
+        assert not BlockHadamard().apply(torch.randn(2, 64, device="cpu")).is_meta
 
 
 def test_autocast_does_not_reach_the_rotation() -> None:

@@ -62,6 +62,26 @@ def test_opcheck_fake_quantize(quantizer: Quantizer, block: int, dtype: torch.dt
     torch.library.opcheck(fake_quantize_op, (x, step, quantizer_text(quantizer), block))
 
 
+@pytest.mark.parametrize("block", [1, 32])
+def test_opcheck_inputs_that_are_not_contiguous(block: int) -> None:
+    """The memory layout of a result is promised to the compiler."""
+    x, mask = torch.randn(64, 6).t(), (torch.rand(64, 6) > 0.2).t()
+    for quantizer in QUANTIZERS[:6]:
+        torch.library.opcheck(fake_quantize_op, (x.clone().requires_grad_(), None, quantizer_text(quantizer), block))
+        if not quantizer.is_sparse:
+            torch.library.opcheck(encode_op, (x, None, quantizer_text(quantizer), block))
+    torch.library.opcheck(fake_quantize_backward_op, (x, mask, block))
+    torch.library.opcheck(fake_quantize_backward_op, (x, torch.empty(0, dtype=torch.bool), block))
+    torch.library.opcheck(rotate_op, (x, block))
+
+
+def test_opcheck_an_estimator_that_masks_nothing() -> None:
+    """Its mask is empty, whichever way it says so."""
+    for estimator in (StraightThrough(), Clip(1e308), Trust(1.7e308)):
+        quantizer = Quantizer(UniformGrid(8) if estimator != Trust(1.7e308) else FP4, estimator=estimator)
+        torch.library.opcheck(fake_quantize_op, (torch.randn(3, 64), None, quantizer_text(quantizer), 32))
+
+
 def test_opcheck_the_others() -> None:
     x, mask = torch.randn(3, 64), torch.rand(3, 64) > 0.2
     torch.library.opcheck(fake_quantize_backward_op, (x, mask, 32))
