@@ -58,7 +58,7 @@ class PerGroup:
 
     def __post_init__(self) -> None:
         if not isinstance(self.size, int) or self.size not in (32, 64, 128):
-            raise ConfigError(f"a group has 32, 64 or 128 elements, not {self.size!r}")
+            raise ConfigError(f"the size of a group is a whole number: 32, 64 or 128, not {self.size!r}")
 
     def check(self, width: int) -> None:
         if width % self.size:
