@@ -2,14 +2,11 @@
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from bitquest.cli.console import err, print_json_object
-
-if TYPE_CHECKING:
-    from bitquest.evaluation.report_page import Table
+from bitquest.cli.console import err, print_json_object, print_table
 
 
 def command(
@@ -46,12 +43,12 @@ def command(
     if json:
         print_json_object("compare", {"out": str(folder), **result.to_json()})
     if result.runs:
-        _print_table(results_table(result, narrow=True))
+        print_table(results_table(result, narrow=True))
     if not result.finished:
         _say(f"Stopped; {len(result.runs)} of {len(plan.runs())} runs are finished. Go on with:\n  {again}")
         raise typer.Exit(stop.exit_code)
     if result.verdicts:
-        _print_table(verdicts_table(result))
+        print_table(verdicts_table(result))
     _say(f"Written: {folder / REPORT}, {folder / RESULTS}, {folder / TABLE}")
     if not result.passed:
         failed = [str(verdict.expectation) for verdict in result.verdicts if not verdict.passed]
@@ -73,26 +70,6 @@ def _command_line(
     words += [word for chain in expect for word in ("--expect", chain)]
     words += [word for override in overrides for word in ("--set", override)]
     return shlex.join(words)
-
-
-def _print_table(content: "Table") -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    table = RichTable(
-        title=content.title or None, title_justify="left", box=SIMPLE_HEAD, show_edge=False, collapse_padding=True
-    )
-    for number, column in enumerate(content.columns):
-        widest = max(len(row[number]) for row in content.rows)
-        head = column if len(column) <= widest else column.replace(" ", "\n")
-        words = number == 0 or column in ("verdict", "why")
-        table.add_column(head, justify="left" if words else "right", no_wrap=column != "why")
-    styles = {"passed": "green", "failed": "bold red"}
-    for row in content.rows:
-        table.add_row(*(Text(cell, style=styles.get(cell, "")) for cell in row))
-    err.print("", table, "", sep="\n")
-    _say(content.note)
 
 
 def _say(text: str) -> None:

@@ -22,6 +22,12 @@ class Table:
     title: str = ""
     note: str = ""
 
+    def without(self, *columns: str) -> "Table":
+        """The same table less these columns, where it has them."""
+        kept = [number for number, column in enumerate(self.columns) if column not in columns]
+        rows = tuple(tuple(row[number] for number in kept) for row in self.rows)
+        return Table(tuple(self.columns[number] for number in kept), rows, self.title, self.note)
+
 
 def printable(text: object) -> str:
     """Text with U+FFFD for what HTML and SVG have no place for: control characters and lone surrogates."""
