@@ -14,6 +14,7 @@ import argparse
 import json
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from rich.table import Table
 
 import bitquest as bq
 from bitquest.benchmarks.results import write_result
-from bitquest.errors import ConfigError, UserError
+from bitquest.errors import ConfigError
 from bitquest.evaluation.perplexity import Perplexity, evaluate_tokens
 from bitquest.evaluation.sources import open_stream
 from bitquest.export import packed_sizes
@@ -82,35 +83,45 @@ def scheme_names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def check_prompt(tokenizer: Tokenizer, prompt: str, positions: int) -> None:
+    """Before any work: a prompt that is too long would be refused only once a model is trained."""
+    count = len(tokenizer.encode(prompt)) + 1  # and the token that begins a text
+    if count > positions:
+        raise ConfigError(f"--prompt has {count} tokens and the model {positions} positions: shorten it")
+
+
 def prepared_data(args: argparse.Namespace) -> Path:
-    """OUT/data, made if it is not there. Refuses a folder made from another text or model."""
+    """OUT/data, made if it is not there. Refuses a folder that was made from another text or model."""
     data, note = args.out / "data", args.out / "sources.json"
-    sources = {"model": str(args.model.absolute()), "data": str(args.data.absolute())}
-    if (data / "manifest.json").is_file() and note.is_file():
-        before = json.loads(note.read_text(encoding="utf-8"))
-        if before != sources:
-            changed = [f"--{key} {before.get(key)}" for key in sources if before.get(key) != sources[key]]
-            raise ConfigError(f"{args.out} was begun with {' and '.join(changed)}: give that, or another --out")
-        return data
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+    sources = json.dumps({"model": str(args.model.absolute()), "data": str(args.data.absolute())}) + "\n"
+    if note.is_file():
+        if note.read_text(encoding="utf-8") != sources:
+            raise ConfigError(
+                f"{args.out} was begun with the --model and --data in {note}: give those, or another --out"
+            )
+    elif args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ConfigError(f"{args.out} exists and was not made by this program; choose another --out")
+    if (data / "manifest.json").is_file():
+        return data
     args.out.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(sources) + "\n", encoding="utf-8")
+    note.write_text(sources, encoding="utf-8")
     try:
         return prepare([args.data], str(args.model), data, val_fraction=0.02)
     except BaseException:
-        note.unlink()  # so that the command can be corrected and given again
+        note.unlink()
+        with suppress(OSError):  # as it was, so that the command can be corrected and given again
+            args.out.rmdir()
         raise
 
 
-def train_config(args: argparse.Namespace, scheme: str, data: Path, context: int) -> TrainConfig:
+def train_config(args: argparse.Namespace, scheme: str, context: int) -> TrainConfig:
     tables: dict[str, Any] = {
         "scheme": scheme,
         "model": {"init_from": str(args.model)},
-        "data": {"path": str(data), "context": context},
+        "data": {"path": str(args.out / "data"), "context": context},
         "optimizer": {"lr": args.lr, "weight_decay": 0.0},
         "train": {"steps": args.steps, "batch_size": args.batch_size, "precision": args.precision},
-        "evaluate": {"every": 0, "batches": 1},  # this program measures for itself, on more text
+        "evaluate": {"every": 0, "batches": 1},  # a glance; the table's losses are of --held-out tokens
         "checkpoint": {"every": 50, "keep": 1},
     }
     return TrainConfig.from_dict(tables)
@@ -138,10 +149,13 @@ def show(rows: list[Row], tokens: int) -> None:
 def run(args: argparse.Namespace, stop: StopRequest) -> int:
     schemes = scheme_names(args.schemes)
     model, tokenizer = load_hf(args.model), Tokenizer.from_file(args.model)
-    context = args.context or min(256, model.config.max_position_embeddings)
-    data = prepared_data(args)
-    configs = {scheme: train_config(args, scheme, data, context) for scheme in schemes}
-    held_out = open_stream(data, tokenizer, args.held_out)
+    positions = model.config.max_position_embeddings
+    context = min(256, positions) if args.context is None else args.context
+    if context > positions:
+        raise ConfigError(f"--context {context} is longer than the {positions} positions of {args.model}")
+    check_prompt(tokenizer, args.prompt, positions)
+    configs = {scheme: train_config(args, scheme, context) for scheme in schemes}
+    held_out = open_stream(prepared_data(args), tokenizer, args.held_out)
 
     def measured(model: Any) -> Perplexity:
         return evaluate_tokens(model, held_out.tokens, utf8_bytes=held_out.utf8_bytes, context=context)
@@ -174,16 +188,20 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
     show(rows, after.tokens)
     settings = {"steps": args.steps, "batch_size": args.batch_size, "context": context, "lr": args.lr}
     fields = {**settings, "held_out_tokens": after.tokens, "rows": [asdict(row) for row in rows]}
-    write_result(args.out / "results.json", shlex.join(["python", *sys.argv]), fields)
+    write_result(args.out / "results.json", args.command, fields)
     return 0
 
 
 def main(argv: list[str]) -> int:
     args = arguments(argv)
+    args.command = shlex.join(["python", sys.argv[0], *argv])
     try:
         with stop_on_signals() as stop:
             return run(args, stop)
-    except (UserError, OSError) as error:
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from the last checkpoint")
+        return 130
+    except (ValueError, OSError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1
 
