@@ -96,8 +96,11 @@ def test_values_are_odd_multiples_of_half_a_step(bits: int) -> None:
 
 
 def test_one_bit_sends_zero_down() -> None:
-    codes, _ = bq.quantize(torch.tensor([[0.0, -0.0, 1e-30, -1e-30]]), Quantizer(UniformGrid(1)), NoRotation())
+    x, quantizer = torch.tensor([[0.0, -0.0, 1e-30, -1e-30]]), Quantizer(UniformGrid(1))
+    codes, step = bq.quantize(x, quantizer, NoRotation())
     assert codes.tolist() == [[-1, -1, 0, -1]]
+    s = step / 2
+    assert torch.equal(fake_quantize(x, quantizer, NoRotation()), torch.cat([-s, -s, s, -s], 1))
 
 
 def test_halves_round_to_even() -> None:
@@ -105,6 +108,7 @@ def test_halves_round_to_even() -> None:
     x = torch.tensor([[-2.0, -1.0, 0.0, 1.0, 2.0]])
     codes = encode(x, Quantizer(UniformGrid(3)), NoRotation(), step).codes
     assert codes.tolist() == [[-3, -1, -1, 1, 1]]  # round(−1.5) − 1, round(−0.5) − 1, round(0.5) − 1, …
+    assert torch.equal(fake_quantize(x, Quantizer(UniformGrid(3)), NoRotation(), step), codes + 0.5)
 
 
 def test_a_row_of_zeros_has_a_step_and_no_nan() -> None:

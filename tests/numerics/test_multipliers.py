@@ -39,7 +39,7 @@ def test_ternary_and_fp4() -> None:
     assert TERNARY.clip_multiplier == PAPER_TERNARY == 1.2240089519
     assert gaussian_step(TERNARY.levels) == pytest.approx(1.22400636, abs=6e-9)
     assert gaussian_mse(TERNARY.levels, PAPER_TERNARY) == pytest.approx(0.190174, abs=1e-6)
-    assert FP4.clip_multiplier == PAPER_FP4
+    assert FP4.clip_multiplier == PAPER_FP4 == 6 * 0.48707917
     assert gaussian_step(FP4.levels) == pytest.approx(0.48707917, abs=2e-8)
     assert gaussian_mse(FP4.levels, 0.48707917) == pytest.approx(0.0126849, abs=1e-7)
     assert CodebookGrid("ternary", TERNARY.levels, exact=True).clip_multiplier == gaussian_step(TERNARY.levels)
