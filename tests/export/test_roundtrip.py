@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import bitquest as bq
-from bitquest.errors import ConfigError, FormatError
+from bitquest.errors import ConfigError, FormatError, UserError
 from bitquest.export import load, packed_sizes, read_tokenizer, save
 from bitquest.export.reader import open_packed
 from bitquest.export.tensorfile import read_header
@@ -295,7 +295,7 @@ def test_an_interrupted_save_leaves_the_old_model(make_llama, packed_dir, monkey
     for broken in ("bitquest.export.writer.manifest_bytes", "bitquest.export.writer._rename"):
         with monkeypatch.context() as patch:
             patch.setattr(broken, full)
-            with pytest.raises(OSError, match="No space"):
+            with pytest.raises(UserError, match=r"packed: could not be written: No space .*nothing was kept"):
                 save(make_llama("w1a1"), packed_dir, overwrite=True)
         assert {path.name: path.read_bytes() for path in packed_dir.iterdir()} == before
         assert [path.name for path in packed_dir.parent.iterdir()] == ["packed"]

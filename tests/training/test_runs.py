@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from bitquest.errors import CheckpointError
+from bitquest.errors import CheckpointError, ConfigError
 from bitquest.models import Llama, LlamaConfig
 from bitquest.nn import QuantizedLinear
-from bitquest.training import load_run, train
-from bitquest.training.checkpoint import read_checkpoint
+from bitquest.training import load_run, train, trainer
+from bitquest.training.checkpoint import list_steps, read_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +104,22 @@ def test_a_tied_model_stays_tied(make_config, shape, tmp_path):
     model = load_run(tmp_path / "run").model
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert isinstance(Llama(LlamaConfig.from_json(model.config.to_json())), Llama)
+
+
+def test_two_processes_that_begin_one_run_at_once(make_config, shape, tmp_path, monkeypatch):
+    """The second looks before the first has written anything, and claims the directory when it has."""
+    config, run = make_config(**shape), tmp_path / "run"
+    start = trainer._Session.__init__
+    others = []
+
+    def slowly(self, *args):
+        start(self, *args)
+        if not others:
+            others.append(1)
+            train(config, run, should_stop=lambda: True)
+
+    monkeypatch.setattr(trainer._Session, "__init__", slowly)
+    with pytest.raises(ConfigError, match="another process has begun a run here meanwhile"):
+        train(config, run)
+    assert list_steps(run) == [1]
+    assert train(config, run).finished

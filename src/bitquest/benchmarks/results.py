@@ -6,6 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from bitquest.benchmarks.hardware import describe
+from bitquest.errors import ConfigError
+
+
+def check_place(path: Path) -> None:
+    """Raise ConfigError where no result could be written, before anything is measured."""
+    if path.is_dir():
+        raise ConfigError(f"{path}: this is a folder; name the file to write")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise ConfigError(f"{path}: {parent} is a file, and a folder is needed there; choose another place")
+    if not os.access(parent, os.W_OK):
+        raise ConfigError(f"{path}: {parent} cannot be written; choose another place")
 
 
 def write_result(path: Path, command: str, fields: dict[str, Any]) -> None:
@@ -16,5 +28,7 @@ def write_result(path: Path, command: str, fields: dict[str, Any]) -> None:
     try:
         aside.write_text(text, encoding="utf-8")
         os.replace(aside, path)
+    except OSError as error:  # a full disk names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         aside.unlink(missing_ok=True)

@@ -36,7 +36,8 @@ def alternate(
     """
     if not candidates or repetitions < 1:
         raise ValueError("a comparison needs at least one candidate and one repetition")
-    names, seconds = list(candidates), {name: [] for name in candidates}  # type: dict[str, list[float]]
+    names = list(candidates)
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for round_number in range(warmup + repetitions):
         first = round_number % len(names)
         for name in names[first:] + names[:first]:

@@ -83,7 +83,7 @@ def _training_step(model: nn.Module, shape: StepShape) -> Callable[[], float]:
         logits = model(ids_BT[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1).float(), ids_BT[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         return float(loss.detach())

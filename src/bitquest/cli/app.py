@@ -1,15 +1,18 @@
 """The `bitquest` command: collects the subcommands and turns a user's mistake into one clear message."""
 
 import importlib
-import importlib.util
+import io
 import os
 import sys
+from typing import Any
 
 import typer
 from rich.markup import escape
+from typer.core import TyperGroup
 
 from bitquest import __version__
 from bitquest.cli.console import err
+from bitquest.cli.failures import message_of
 
 ABOUT = (
     "Train Llama-type language models with 1- to 8-bit weights and activations, pack them, and run exactly those bits."
@@ -18,8 +21,24 @@ ABOUT = (
 # One module per command with a function `command`; a group of commands (data, bench) has `app` instead.
 COMMANDS = ("demo", "data", "train", "eval", "compare", "export", "verify", "generate", "bench", "doctor")
 
+
+class _Commands(TyperGroup):
+    """The commands in the order in which one meets them; Ctrl-C ends each of them alike."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [name for name in COMMANDS if name in self.commands]
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            err.print("interrupted")
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
     name="bitquest",
+    cls=_Commands,
     help=ABOUT,
     no_args_is_help=True,
     add_completion=False,
@@ -42,8 +61,6 @@ def _root(
 
 
 for _name in COMMANDS:
-    if importlib.util.find_spec(f"bitquest.cli.{_name}") is None:
-        continue  # until every command is there
     _module = importlib.import_module(f"bitquest.cli.{_name}")
     if hasattr(_module, "app"):
         app.add_typer(_module.app, name=_name)
@@ -52,20 +69,29 @@ for _name in COMMANDS:
 
 
 def main() -> None:
-    """Run the command line. A ValueError or OSError is the user's to mend: its message is shown alone, exit code 1.
+    """Run the command line. What the user can mend is one message, with exit code 1; see `failures`.
 
     BITQUEST_TRACEBACK=1 shows the traceback as well, for reporting a bug.
     """
+    _mend_streams()
     try:
         app()
-    except (ValueError, OSError) as error:
-        if os.environ.get("BITQUEST_TRACEBACK"):
+    except Exception as error:
+        message = message_of(error)
+        if message is None or os.environ.get("BITQUEST_TRACEBACK"):
             raise
-        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        err.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True, highlight=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("interrupted")
-        sys.exit(130)
+
+
+def _mend_streams() -> None:
+    """Streams that were closed swallow what is written; characters that a terminal cannot show appear as `?`."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 if __name__ == "__main__":

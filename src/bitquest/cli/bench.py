@@ -8,6 +8,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bitquest.cli.console import err, print_json_object
+from bitquest.errors import ConfigError
 
 app = typer.Typer(help="Measure, alternating in one run; ratios of medians and minima.", no_args_is_help=True)
 
@@ -25,7 +26,7 @@ def train_step(
     batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 16,
     context: Annotated[int, typer.Option(min=1, help="Bytes a sequence.")] = 256,
     repetitions: Annotated[int, typer.Option(min=1)] = 10,
-    threads: Annotated[int, typer.Option(min=0, help="0: as many as torch takes.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="0: as many as torch takes.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Also write the result, with date and hardware, here.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -33,12 +34,18 @@ def train_step(
     import torch
 
     from bitquest.benchmarks.hardware import describe
-    from bitquest.benchmarks.results import write_result
+    from bitquest.benchmarks.results import check_place, write_result
     from bitquest.benchmarks.train_step import StepShape, compare_train_step
 
+    names = [name.strip() for name in schemes.split(",")]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"--schemes: {twice} is given twice; name each scheme once")
+    if out is not None:
+        check_place(out)
     if threads:
         torch.set_num_threads(threads)
-    names, shape = [name.strip() for name in schemes.split(",")], StepShape(width, layers, batch, context)
+    shape = StepShape(width, layers, batch, context)
     with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("measuring", total=len(names) * (repetitions + 2))
         result = compare_train_step(names, shape, repetitions, lambda: progress.advance(task)).to_json()

@@ -28,6 +28,7 @@ def write_out(text: str) -> None:
 
 def print_json_object(command: str, fields: dict[str, Any]) -> None:
     """Print the one versioned object that `--json` promises, on stdout."""
+    assert not {"bitquest", "command"} & set(fields), "the object's own keys"
     write_out(json.dumps({"bitquest": JSON_VERSION, "command": command, **fields}) + "\n")
 
 

@@ -40,7 +40,7 @@ def examine() -> dict[str, Any]:
 
     installed = {name: importlib.util.find_spec(name) is not None for name, _, _ in EXTRAS}
     return {
-        "bitquest": __version__,
+        "version": __version__,
         "hardware": describe(),
         "gpu": _gpu(),
         "backends": [report._asdict() for report in backend_report()],
@@ -95,7 +95,7 @@ def _show(findings: dict[str, Any]) -> None:
     hardware = findings["hardware"]
     table = Table(show_header=False, box=None, padding=(0, 2))
     rows = {
-        "bitquest": findings["bitquest"],
+        "bitquest": findings["version"],
         "python, torch": f"{hardware['python']}, {hardware['torch']}",
         "processor": f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} threads used",
         "instructions": ", ".join(hardware["isa"]) or "none that matter here",

@@ -27,7 +27,7 @@ def command(
         opened = open_model(model, step, backend)
     with err.status("reading the text"):
         stream = open_stream(data, opened.tokenizer, tokens)
-    with Progress(console=err, transient=True) as bar:
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("evaluating", total=stream.tokens.numel() - 1)
         result = evaluate_tokens(
             opened.model,

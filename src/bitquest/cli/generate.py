@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from bitquest.cli.console import err, print_json_object
+from bitquest.cli.console import err, print_json_object, write_out
+from bitquest.errors import DataError
 
 
 def command(
@@ -27,16 +28,13 @@ def command(
 
     options = SamplingOptions(temperature, top_k, top_p, seed)
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = _standard_input()
     engine, speed = TextEngine.open(directory, backend), Speed()
-    pieces = []
-    if not json:
-        sys.stdout.write(prompt)
+    pieces: list[str] = []
     for piece in engine.write(prompt, max_tokens, options, speed):
-        pieces.append(piece)
         if not json:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            write_out(piece if pieces else prompt + piece)  # a prompt that is refused is not echoed
+        pieces.append(piece)
     if json:
         fields = {
             "prompt": prompt,
@@ -49,10 +47,20 @@ def command(
         }
         print_json_object("generate", fields)
     else:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        write_out("\n" if pieces else prompt + "\n")
         err.print(
             f"[dim]{speed.tokens_per_second:.1f} tokens/s "
             f"(prompt of {speed.prompt_tokens} tokens: {speed.prompt_tokens_per_second:.0f} tokens/s); "
-            f"stopped at {speed.stopped}[/]"
+            f"stopped at {speed.stopped}[/]",
+            soft_wrap=True,
         )
+
+
+def _standard_input() -> str:
+    """All text of standard input. Raises DataError if it is closed or not UTF-8."""
+    if sys.stdin is None:
+        raise DataError("--prompt - reads standard input, which is closed; give the text itself")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input: not UTF-8 at byte {error.start}; convert the text to UTF-8 first") from None

@@ -8,7 +8,7 @@ import typer
 from bitquest.cli.console import err, print_json_object
 
 if TYPE_CHECKING:
-    from bitquest.evaluation.verify_report import VerifyReport
+    from bitquest.evaluation.verify_report import Check, VerifyReport
 
 
 def command(
@@ -33,7 +33,7 @@ def command(
 
     from bitquest.evaluation.verify import verify
 
-    with Progress(console=err, transient=True) as bar:
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("", total=None)
         report = verify(
             run,
@@ -56,6 +56,11 @@ def command(
         raise typer.Exit(1)
 
 
+def _first_failure(check: "Check") -> str:
+    """What fits on a screen; `--json` has the first few."""
+    return check.failures[0] + (" (and more of that kind: --json)" if len(check.failures) > 1 else "")
+
+
 def _show(report: "VerifyReport") -> None:
     from rich.markup import escape
     from rich.table import Table
@@ -65,7 +70,7 @@ def _show(report: "VerifyReport") -> None:
     for column in ("check", "", "found"):
         table.add_column(column, overflow="fold")
     for check in report.checks:
-        found = check.summary if check.passed is not False else "; ".join(check.failures)
+        found = check.summary if check.passed is not False else _first_failure(check)
         table.add_row(check.name, marks[check.passed], escape(found))
     err.print(table)
     if report.passed:

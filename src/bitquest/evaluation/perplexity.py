@@ -179,6 +179,11 @@ def _context(model: nn.Module, context: int | None) -> int:
         return model.config.max_position_embeddings
     if context < 1:
         raise DataError(f"a context of {context} tokens predicts nothing")
+    if isinstance(model, Llama) and context > model.config.max_position_embeddings:
+        raise DataError(
+            f"a context of {context} tokens is longer than the model's {model.config.max_position_embeddings} "
+            "positions: lower it"
+        )
     return context
 
 

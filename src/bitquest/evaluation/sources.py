@@ -9,6 +9,7 @@ from bitquest.errors import CheckpointError, DataError
 from bitquest.evaluation.perplexity import Stream, pieces_stream
 from bitquest.export import is_packed, load, read_tokenizer
 from bitquest.models import Llama, Tokenizer, load_hf
+from bitquest.ops.backend import resolve_backend
 from bitquest.training.data import Tokens, open_tokens
 from bitquest.training.readers import find_inputs, pieces
 from bitquest.training.runs import is_run, load_run
@@ -32,6 +33,7 @@ def open_model(path: Path, step: int | None = None, backend: str = "auto") -> Op
     """
     if not path.exists():
         raise CheckpointError(f"{path}: no such directory; give a packed model, a run, or a Hugging Face Llama folder")
+    resolve_backend(backend)  # a misspelt one is a mistake for every kind of model
     if is_run(path):
         run = load_run(path, step)
         return OpenedModel(run.model, run.tokenizer, "run")

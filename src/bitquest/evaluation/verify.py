@@ -31,6 +31,7 @@ from bitquest.evaluation.verify_static import check_description, check_tensors, 
 from bitquest.export import load
 from bitquest.export.reader import open_packed
 from bitquest.models import Llama
+from bitquest.training.checkpoint import list_steps
 from bitquest.training.runs import load_run
 
 Progress = Callable[[str, int, int], None]
@@ -74,7 +75,7 @@ def verify(
     if not isinstance(packed, Llama):
         raise FormatError(f"{packed_dir} holds no Llama, and a run trains one: it is not of this run")
     if step is None and isinstance(named, int):
-        step = named
+        step = _packed_step(run_dir, packed_dir, named)
     report("reading the checkpoint", 0, 1)
     run = load_run(run_dir, step)
     trained = run.model.to(device)
@@ -98,6 +99,17 @@ def verify(
         perplexity = _check_perplexity(lockstep, stream.numel() - 1, *losses)
     checks += [_check_layers(lockstep), _check_codes(lockstep), greedy, perplexity]
     return VerifyReport(str(run_dir), str(packed_dir), run.step, tuple(checks))
+
+
+def _packed_step(run_dir: Path, packed_dir: Path, named: int) -> int:
+    """The step that the packed model names. Raises CheckpointError if the run has it no longer, or never had."""
+    steps = list_steps(run_dir)
+    if steps and named not in steps:
+        raise CheckpointError(
+            f"{packed_dir} was packed from step {named}, and {run_dir} has checkpoints of {', '.join(map(str, steps))} "
+            "only: pack one of them again with bitquest export, or name the run that it came from"
+        )
+    return named
 
 
 @contextmanager

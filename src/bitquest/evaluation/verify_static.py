@@ -3,6 +3,7 @@
 N out_features, K in_features.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from bitquest.evaluation.verify_report import Check
 from bitquest.models import Llama, Tokenizer
 from bitquest.nn import PackedEmbedding, PackedLinear, QuantizedEmbedding, QuantizedLinear
+from bitquest.numerics.quantizer import Quantizer
 
 TrainedLayer = QuantizedLinear | QuantizedEmbedding
 PackedLayer = PackedLinear | PackedEmbedding
@@ -60,7 +62,7 @@ def check_description(trained: Llama, packed: Llama, ours: Tokenizer, theirs: To
     for name in layers:
         if name in found:
             was, now = describe(layers[name]), describe(found[name])
-            failures += [f"{name}: {key}: trained {was[key]}, packed {now[key]}" for key in was if was[key] != now[key]]
+            failures += [f"{name}: {key}: {_distinction(was[key], now[key])}" for key in was if was[key] != now[key]]
     return Check.of("description", f"{len(layers)} layers, configuration and tokenizer", failures)
 
 
@@ -73,6 +75,16 @@ def describe(layer: TrainedLayer | PackedLayer) -> dict[str, Any]:
         weight = layer.weight_spec
         activation = layer.activation_spec if isinstance(layer, PackedLinear) else None
     return {"shape": _shape(layer), "weight": weight, "activation": activation, "rotation": layer.rotation}
+
+
+def _distinction(trained: Any, packed: Any) -> str:
+    """Two things that differ; of two quantizers, the parts that do."""
+    if isinstance(trained, Quantizer) and isinstance(packed, Quantizer):
+        parts = [part.name for part in dataclasses.fields(Quantizer)]
+        parts = [part for part in parts if getattr(trained, part) != getattr(packed, part)]
+        was, now = (", ".join(f"{part} {getattr(q, part)}" for part in parts) for q in (trained, packed))
+        return f"trained {was}, packed {now}"
+    return f"trained {trained}, packed {packed}"
 
 
 def _shape(layer: TrainedLayer | PackedLayer) -> tuple[str, int, int]:

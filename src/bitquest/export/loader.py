@@ -31,7 +31,7 @@ def load(
     is then unchanged).
     """
     chosen = resolve_backend(backend)
-    target = torch.device(device)
+    target = usable_device(device)
     with open_packed(Path(dir)) as packed:
         try:
             if model is not None:
@@ -43,6 +43,17 @@ def load(
             return _llama(packed.llama, packed, target, chosen)
         except ConfigError as error:
             raise FormatError(f"{packed.folder}: {error}") from None
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of that name. Raises ConfigError, with PyTorch's reason, if there is none or it cannot be used."""
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device {str(device)!r} cannot be used here: {reason}. Take cpu") from None
+    return target
 
 
 def _llama(config: LlamaConfig, packed: PackedFile, device: torch.device, backend: Backend) -> Llama:

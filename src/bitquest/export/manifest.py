@@ -19,6 +19,10 @@ from bitquest.errors import FormatError
 from bitquest.export.format import CONFIG, FORMAT, FORMAT_VERSION, MANIFEST, MODEL, TOKENIZER
 
 _LARGEST_MANIFEST = 1 << 16
+_OTHER_FORMATS = {
+    "bitquest-checkpoint": ", a checkpoint of a run. Pack it with: bitquest export RUN --step N --out DIR",
+    "bitquest-data": ", prepared data",
+}
 _TAIL = b'"}\n'
 _HEX = 64
 _PIECE = 1 << 20
@@ -102,7 +106,8 @@ def canonical_json(value: Any) -> bytes:
 def check_version(fields: Mapping[str, Any], where: str) -> None:
     """Raise FormatError if this is no packed model, or one from a later version than this reader knows."""
     if fields.get("format") != FORMAT:
-        raise FormatError(f"{where}: not a packed BitQuEST model: its format is {fields.get('format')!r}")
+        what = _OTHER_FORMATS.get(str(fields.get("format")), "")
+        raise FormatError(f"{where}: not a packed BitQuEST model: its format is {fields.get('format')!r}{what}")
     version = fields.get("version")
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise FormatError(f"{where}: {version!r} is no format version")

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from bitquest.errors import ConfigError, FormatError
+from bitquest.errors import ConfigError, FormatError, UserError
 from bitquest.export.codes import codes_to_bytes
 from bitquest.export.format import (
     CONFIG,
@@ -48,7 +48,8 @@ def save(
     Takes models with quantized layers (which stay as they are), packed ones, and plain ones. Tensors that are not
     quantized keep their type, weights that are shared are stored once. The same model gives the same bytes. metadata: a
     JSON object kept beside it. overwrite: replace a packed model that stands there. Raises FormatError for what the
-    format cannot hold, and ConfigError if the directory exists; nothing half-written is left.
+    format cannot hold, ConfigError if the directory exists, and UserError if it cannot be written; nothing half-written
+    is left.
     """
     out = Path(dir)
     _check_target(out, overwrite)
@@ -223,20 +224,22 @@ def _check_target(out: Path, overwrite: bool) -> None:
 def _write_directory(out: Path, contents: Mapping[str, Callable[[BinaryIO], Any]]) -> None:
     """Everything beside its place, synced, the manifest last; then one rename."""
     out = Path(os.path.abspath(out))
-    out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
         listed = {name: _write_file(aside / name, write) for name, write in contents.items()}
         manifest = manifest_bytes(listed)
         _write_file(aside / MANIFEST, lambda file: file.write(manifest))
         _sync(aside)
         _rename(aside, out)
         _sync(out.parent)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             shutil.rmtree(aside)
+        if isinstance(error, OSError):
+            raise UserError(f"{out}: could not be written: {error.strerror or error}; nothing was kept") from error
         raise
 
 

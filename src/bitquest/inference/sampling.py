@@ -26,6 +26,8 @@ class SamplingOptions:
             raise ConfigError(f"the temperature must be 0 (greedy) or more, not {self.temperature}")
         if self.top_k < 0:
             raise ConfigError(f"top-k must be 0 (all tokens) or more, not {self.top_k}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"the seed must be a whole number from 0 to 2^63 - 1, not {self.seed}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top-p must be above 0 and at most 1, not {self.top_p}")
 

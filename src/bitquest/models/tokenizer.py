@@ -17,6 +17,7 @@ END_OF_TEXT = "<|endoftext|>"
 _EOS_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "<|endofsequence|>", "[EOS]", "[SEP]")
 _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]")
 _OWN_KEY = "bitquest"
+LARGEST_BPE = 1 << 24
 
 
 def byte_characters() -> list[str]:
@@ -53,8 +54,11 @@ class Tokenizer:
     @staticmethod
     def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """A byte-level BPE of `vocab_size` words (at least 257) trained on the texts; its last id ends a document."""
-        if vocab_size < 257:
-            raise DataError(f"a BPE vocabulary has at least 257 words (256 bytes and the end), not {vocab_size}")
+        if not 257 <= vocab_size <= LARGEST_BPE:
+            raise DataError(
+                f"a BPE vocabulary has at least 257 words (256 bytes and the end) and at most {LARGEST_BPE}, "
+                f"not {vocab_size}"
+            )
         backend = Backend(models.BPE())
         _byte_level(backend)
         alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -118,7 +122,14 @@ class Tokenizer:
         return self.vocab_size == 257 and self.sha256 == Tokenizer.byte_level().sha256
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens; a special token's name in the text is text."""
+        """Ids of a text, without special tokens; a special token's name in the text is text.
+
+        Raises DataError for a text with half a surrogate pair, as Python makes of bytes that are no UTF-8.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(f"the text is not Unicode at character {error.start}: give it as UTF-8") from None
         return list(self.backend.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

@@ -131,7 +131,7 @@ class TrainSection:
     device: str = setting("auto", choices=("auto", "cpu", "cuda"))
     compile: bool = False
     activation_checkpointing: bool = False
-    threads: int = setting(0, at_least=0)
+    threads: int = setting(0, at_least=0, at_most=1024)
 
     def __post_init__(self) -> None:
         check_settings("train", self)
@@ -210,6 +210,10 @@ class TrainConfig:
         parts: dict[str, Any] = {}
         for name, value in tables.items():
             if name not in _SECTIONS:
+                if name == "compare":
+                    raise SettingError(
+                        name, "is a section that `bitquest compare` reads: give it this file, or remove it"
+                    )
                 if name not in ("scheme", "seed"):
                     raise SettingError(name, f"is not a configuration key{nearest(name, _names())}")
                 parts[name] = value

@@ -221,7 +221,8 @@ def _text_of(line: bytes, where: str, text_field: str) -> str:
     except (ValueError, RecursionError) as error:  # numbers and nesting beyond what Python reads
         raise DataError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(record, dict):
-        raise DataError(f"{where}: expected an object with a {text_field!r} field, found {line[:40]!r}")
+        found = line[:40].decode(errors="replace")
+        raise DataError(f"{where}: expected an object with a {text_field!r} field, found {found}")
     if text_field not in record:
         close = difflib.get_close_matches(text_field, list(record), 1)
         names = ", ".join(map(repr, list(record)[:10])) or "none at all"

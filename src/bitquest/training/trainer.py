@@ -108,8 +108,8 @@ def train(
     """
     run_dir, config = Path(run_dir), _with_absolute_paths(config)
     with ExitStack() as stack:
-        checkpoint = None
-        if is_run(run_dir):
+        checkpoint, is_new = None, not is_run(run_dir)
+        if not is_new:
             if not resume:
                 raise ConfigError(f"{run_dir} already holds a run; remove it, or choose another directory with --out")
             stack.enter_context(claimed(run_dir))
@@ -125,8 +125,13 @@ def train(
                 raise CheckpointError(f"{run_dir}: no checkpoint of step {from_step}: there is no run yet")
         stack.enter_context(_surroundings(config))
         session = _Session(config, run_dir, checkpoint)
-        if not is_run(run_dir):
+        if is_new:
             stack.enter_context(claimed(run_dir))
+            if is_run(run_dir):  # another process began one while this one read its data
+                raise ConfigError(
+                    f"{run_dir}: another process has begun a run here meanwhile; choose another directory with --out, "
+                    "or give the same command again to go on with that run"
+                )
             start_run(run_dir, config, session.tokens.tokenizer())
         remove_leftovers(run_dir)
         if checkpoint is not None:
