@@ -12,6 +12,7 @@ from bitquest.evaluation import report_page as html
 from bitquest.evaluation.figures import loss_curves, seed_spread, size_against_loss
 from bitquest.evaluation.report_page import Table
 from bitquest.evaluation.runs import RunSummary, grouped
+from bitquest.training.files import write_text_atomic
 
 
 def write_report(
@@ -66,7 +67,8 @@ def write_report(
             "Do it again", html.commands(commands), html.facts("Environment", environment() | dict(facts or {}))
         ),
     ]
-    _write(path, html.page(title, summary, sections))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(path, html.page(title, summary, sections))
     return path
 
 
@@ -172,17 +174,3 @@ def _tables_mb(run: RunSummary) -> float | None:
 
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
-
-
-def _write(path: Path, text: str) -> None:
-    """Aside first, then renamed: a page is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
