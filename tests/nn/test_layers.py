@@ -160,13 +160,17 @@ def test_learned_steps_train_and_pack(bits: int) -> None:
 
 def test_a_learned_step_cannot_vanish() -> None:
     made, x = layer(learned(1)), torch.randn(20, 96)
-    made(x)
+    before = made(x)
+    with torch.no_grad():
+        made.activation_quantizer.step.neg_()  # type: ignore[union-attr]
+    assert torch.equal(made(x), before)
     with torch.no_grad():
         made.weight_quantizer.step.zero_()  # type: ignore[union-attr]
         made.activation_quantizer.step.neg_()  # type: ignore[union-attr]
     y = made(x)
     y.sum().backward()
     assert bool(y.isfinite().all())
+    assert float(made.weight_quantizer.effective_step().detach().min()) > 0  # type: ignore[union-attr]
 
 
 # --- embedding, conversion ---

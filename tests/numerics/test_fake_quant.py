@@ -180,6 +180,15 @@ def test_gradient_of_a_learned_step(bits: int, granularity: object) -> None:
     assert torch.allclose(step.grad.double().flatten(), expected, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
 
 
+def test_what_sparsity_keeps() -> None:
+    """The largest, of equals the earlier; pairs by their L2 norm."""
+    x = torch.tensor([[1.0, -1.0, 1.0, 1.0, 0.0, 2.0, -3.0, 2.0]])
+    assert bq.NofM(2, 4).kept(x).int().tolist() == [[1, 1, 0, 0, 0, 1, 1, 0]]
+    pairs = torch.tensor([[3.0, 0.0, 2.0, 2.0, 0.0, -4.0, 1.0, 1.0]])
+    assert bq.NofM(2, 4, pair=True).kept(pairs).int().tolist() == [[1, 1, 0, 0, 1, 1, 0, 0]]
+    assert bq.NofM(2, 4, pair=True).kept(torch.ones(1, 8)).int().tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]]
+
+
 def test_a_kept_value_on_a_threshold_is_trusted() -> None:
     """Rounding alone puts it a hair more than half a step from its level; METHOD masks no interior value for that."""
     below_one = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))

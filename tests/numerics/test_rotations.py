@@ -46,7 +46,7 @@ def test_reduced_matmul_precision_does_not_reach_the_rotation() -> None:
 
 
 @pytest.mark.parametrize("where", ["mkldnn.matmul", "cuda.matmul"])
-def test_precision_set_per_backend_does_not_reach_the_rotation(where: str) -> None:
+def test_precision_set_per_backend_does_not_reach_the_rotation(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After which torch's global getter raises."""
     x = torch.randn(5, 256)
     exact = BlockHadamard().apply(x)
@@ -56,6 +56,9 @@ def test_precision_set_per_backend_does_not_reach_the_rotation(where: str) -> No
     try:
         assert torch.allclose(BlockHadamard().apply(x), exact, atol=2e-6)
         assert _products_are_exact("cpu") == (where == "cuda.matmul")
+        if where == "mkldnn.matmul":  # additions only
+            monkeypatch.setattr("bitquest.numerics.rotations.hadamard", None)
+            assert torch.allclose(BlockHadamard().apply(x), exact, atol=2e-6)
         assert not _products_are_exact("mps")
     finally:
         backend.fp32_precision = before

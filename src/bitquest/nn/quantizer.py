@@ -229,7 +229,7 @@ class _GradientOfCached(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (mask,) = ctx.saved_tensors
-        return fake_quantize_backward_op(gradients[0].contiguous(), mask, ctx.block), None, None, None
+        return fake_quantize_backward_op(gradients[0], mask, ctx.block), None, None, None
 
 
 class _CachedWeight(NamedTuple):
@@ -259,6 +259,10 @@ class WeightQuantizer(_Operand):
     def forget(self) -> None:
         """Drop the cached quantized weight."""
         self._cached = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.forget()  # .to() and the like give the weight other memory, perhaps of an earlier address
+        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None}  # copies of the module start without a cache

@@ -97,7 +97,7 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
     mask, residual, step = ctx.saved_tensors
-    d_x = fake_quantize_backward_op(gradient.contiguous(), mask, ctx.block) if ctx.needs_input_grad[0] else None
+    d_x = fake_quantize_backward_op(gradient, mask, ctx.block) if ctx.needs_input_grad[0] else None
     d_step = step_gradient_op(gradient, residual, step, ctx.quantizer) if ctx.learned else None
     return d_x, d_step, None, None
 
