@@ -69,8 +69,14 @@ def test_mistakes_give_one_message(bitquest, run_dir, packed, tmp_path):
     for words, part in [
         (("--tokens", 0), "at least 1"),
         (("--context", 0), "context of 0"),
-        (("--context", 99), "positions"),
+        (("--context", 99), "a context of 99 tokens is longer than the model's"),
         (("--step", 8), "no run directory"),
     ]:
         _, said = bitquest("eval", packed, "--data", text, *words, code=1)
         assert part in said, words
+
+
+def test_a_misspelt_backend_is_a_mistake_for_every_kind_of_model(bitquest, run_dir, packed):
+    for model in (run_dir, packed):
+        _, said = bitquest("eval", model, "--data", run_dir.parent / "text.txt", "--backend", "gpu", code=1)
+        assert said == "error: unknown backend 'gpu'; this version has: auto, torch\n"

@@ -175,6 +175,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
         (b"x" * 100, {"tokenizer": "bpe"}, "neither 'byte' nor 'bpe:SIZE'"),
         (b"x" * 100, {"tokenizer": "bpe:large"}, "for example bpe:4096"),
         (b"x" * 100, {"tokenizer": "bpe:10"}, "at least 257"),
+        (b"x" * 100, {"tokenizer": "bpe:99999999999999999999"}, "at most 16777216"),
         (b"x" * 100, {"val_fraction": 0.0}, "between 0 and 1"),
         (b"x" * 100, {"shard_tokens": 0}, "--shard-tokens 0: a shard holds at least one token"),
         (b"x", {}, "no text is left for the train split"),

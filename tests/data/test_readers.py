@@ -93,7 +93,7 @@ def test_folders_are_searched_in_order(tmp_path: Path) -> None:
         ("a.jsonl", b'[\n{"text": "a"}\n]', "one JSON object on each line"),
         ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "line 1: not valid JSON"),
         ("a.txt", b"\xef\xbb\xbfabc\xff", "not UTF-8 at byte 6"),
-        ("a.jsonl", b"[1]\n", "line 1: expected an object"),
+        ("a.jsonl", b"[1]\n", r"line 1: expected an object with a 'text' field, found \[1\]$"),
         ("a.jsonl", b'{"text": "\xff"}', "line 1: not UTF-8 at byte 10 of it"),
         ("a.jsonl", b'{"text": "\\ud800"}', "line 1: half a surrogate"),
         ("a.jsonl", b"[" * 100_000, "line 1: not valid JSON"),

@@ -15,6 +15,7 @@ from bitquest.export import load, read_tokenizer, save
 from bitquest.models import Tokenizer
 from bitquest.nn import PackedLinear, quantize_
 from bitquest.training import load_run
+from bitquest.training.checkpoint import list_steps
 
 UP = "model.layers.1.mlp.up_proj"
 SMALL = {"tokens": 200, "texts": 2, "new_tokens": 8}
@@ -287,9 +288,23 @@ def test_mistakes(w1a1, tmp_path):
         verify(run, packed, tokens=0)
     with pytest.raises(CheckpointError, match="99"):
         verify(run, packed, step=99)
+    for device in ("cuda:99", "gpu"):
+        with pytest.raises(ConfigError, match=f"'{device}' cannot be used here: .*Take cpu"):
+            verify(run, packed, device=device)
     save(quantize_(torch.nn.Sequential(torch.nn.Linear(4, 4)), "w4a4"), tmp_path / "layers")
     with pytest.raises(FormatError, match="pass it"):
         verify(run, tmp_path / "layers")
+
+
+def test_a_checkpoint_that_was_not_kept(trained_run, tmp_path):
+    trained_run(tmp_path, "w4a4")
+    (step,) = list_steps(tmp_path / "run")[-1:]
+    for other in list_steps(tmp_path / "run"):
+        (tmp_path / f"run/checkpoints/step-{other}").rename(tmp_path / f"run/checkpoints/step-{other + 100}")
+    with pytest.raises(
+        CheckpointError, match=f"packed from step {step}, and .* has checkpoints of .*{step + 100} only"
+    ):
+        verify(tmp_path / "run", tmp_path / "packed")
 
 
 def test_data_that_moved(trained_run, tmp_path):

@@ -5,7 +5,7 @@ import torch
 
 import bitquest as bq
 from bitquest.evaluation import verify_greedy
-from bitquest.evaluation.verify import verify
+from bitquest.evaluation.verify import _flipped_tolerance, verify
 from bitquest.evaluation.verify_greedy import Divergence
 from bitquest.evaluation.verify_lockstep import Lockstep, Root, threshold_distances, weights_quantized_once
 from bitquest.evaluation.verify_static import trained_layers
@@ -137,6 +137,18 @@ def test_distances_to_thresholds():
     )  # two thresholds lie between: the farther
     levels = bq.CodebookGrid("odd", (-1.0, 0.0, 3.0))
     assert distances([1.4, 1.4], [0, -1], [-1, 0], levels) == pytest.approx([0.1, 0.1])
+
+
+def test_many_flips_may_add_up_to_their_standard_error_and_no_more():
+    """Grouped-query models flip in every window's first position; 1 % of 2000 tokens is soon reached by chance."""
+    either_way = torch.tensor([4.0, -4.0] * 50, dtype=torch.float64)
+    assert _flipped_tolerance(either_way, 2000) == pytest.approx(4 * 40 / 2000)
+    assert _flipped_tolerance(either_way / 10, 2000) == 1e-2
+    assert _flipped_tolerance(either_way[:31], 2000) == 1e-2  # too few to tell
+    assert _flipped_tolerance(either_way * 10, 2000) == 0.1
+    assert _flipped_tolerance(either_way[:3], 100) == 0.1
+    one_way = torch.full((100,), 1.0, dtype=torch.float64)
+    assert float(one_way.sum()) / 2000 > _flipped_tolerance(one_way, 2000)
 
 
 @pytest.mark.parametrize(("name", "factor"), [("w1a1", 1.5), ("w2a16", 1.001)])

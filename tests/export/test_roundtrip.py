@@ -301,6 +301,17 @@ def test_an_interrupted_save_leaves_the_old_model(make_llama, packed_dir, monkey
         assert [path.name for path in packed_dir.parent.iterdir()] == ["packed"]
 
 
+def test_a_place_that_cannot_be_written(make_llama, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/packed: could not be written: .*nothing was kept"):
+        save(make_llama("w1a1"), tmp_path / "file" / "packed")
+
+
+def test_a_device_that_is_none(packed_dir):
+    with pytest.raises(ConfigError, match="device 'gpu' cannot be used here"):
+        load(packed_dir, device="gpu")
+
+
 def test_the_configuration_names_what_was_trained(packed_dir):
     config = json.loads((packed_dir / "config.json").read_bytes())
     assert config["metadata"] == {"step": 7}

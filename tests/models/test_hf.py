@@ -73,6 +73,7 @@ def test_shards(folder: Path) -> None:
         ({"attention_bias": True}, "biases"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope scaling 'llama3'"),
         ({"hidden_size": None}, "hidden_size"),
+        ({"rope_scaling": "linear"}, "rope_parameters must be an object, not 'linear'"),
         ({"vocab_size": 301}, r"is \(300, 128\), expected \(301, 128\)"),
         ({"num_hidden_layers": 3}, "lacks 9 tensors"),
         ({"num_hidden_layers": 1}, "has a tensor"),

@@ -136,7 +136,7 @@ def test_a_damaged_newest_checkpoint_is_never_passed_over_silently(make_config, 
     stop_after(9, config, run)
     path = run / "checkpoints" / "step-9" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-3] + b"xyz")
-    with pytest.raises(CheckpointError, match=r"step 9 is damaged: .*step-9/model\.safetensors.*--from-step 8"):
+    with pytest.raises(CheckpointError, match=r"step 9 cannot be used: .*step-9/model\.safetensors.*--from-step 8"):
         train(config, run)
     assert list_steps(run) == [4, 8, 9]
     assert train(config, run, from_step=8).resumed_from == 8

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from bitquest.errors import CheckpointError, ConfigError
-from bitquest.models import Llama, LlamaConfig
+from bitquest.models import Llama, LlamaConfig, Tokenizer
 from bitquest.nn import QuantizedLinear
 from bitquest.training import load_run, train, trainer
 from bitquest.training.checkpoint import list_steps, read_checkpoint
+from bitquest.training.files import write_text_atomic
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_damage_names_the_file_and_the_intact_step(make_config, shape, tmp_path)
     train(make_config(**shape), tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / "step-6" / "state.json"
     path.write_text(path.read_text().replace("w1a1", "w4a4"))
-    with pytest.raises(CheckpointError, match=r"step 6 is damaged: .*state\.json.*--step 4"):
+    with pytest.raises(CheckpointError, match=r"step 6 cannot be used: .*state\.json.*--step 4"):
         load_run(tmp_path / "run")
     assert load_run(tmp_path / "run", 4).step == 4
 
@@ -123,3 +124,14 @@ def test_two_processes_that_begin_one_run_at_once(make_config, shape, tmp_path, 
         train(config, run)
     assert list_steps(run) == [1]
     assert train(config, run).finished
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    for write in (lambda path: write_text_atomic(path, "x"), Tokenizer.byte_level().save):
+        with pytest.raises(OSError, match=r"No space left on device: '.*one\.json'"):
+            write(tmp_path / "one.json")
+    assert not list(tmp_path.iterdir())

@@ -94,6 +94,8 @@ def test_without_a_file():
         ("[optimizer]\nlr = 0\n", ["optimizer.lr must be above 0, got 0"]),
         ("[optimizer]\nlr = nan\n", ["optimizer.lr must be finite"]),
         ("[optimizer]\nlr = inf\n", ["optimizer.lr must be finite"]),
+        ("[train]\nthreads = 100000\n", ["train.threads must be at most 1024"]),
+        ("[compare]\nseeds = [0]\n", ["compare is a section that `bitquest compare` reads"]),
         ("seed = -1\n", ["seed must be at least 0, got -1"]),
         ("[train]\nsteps = 0\n", ["train.steps must be at least 1, got 0"]),
         ("[schedule]\nwarmup = 100\n", ["schedule.warmup must be below 1, got 100"]),

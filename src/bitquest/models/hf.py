@@ -45,6 +45,8 @@ def config_from_hf(fields: dict[str, Any], where: str) -> LlamaConfig:
         if fields.get(key):
             raise CheckpointError(f"{where}: {key} is set; layers with biases are not supported")
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{where}: rope_parameters must be an object, not {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise CheckpointError(f"{where}: rope scaling {kind!r} is not supported, only the default rotary embedding")

@@ -160,12 +160,17 @@ class Tokenizer:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the tokenizer.json aside and rename it into place."""
+        """Write the tokenizer.json aside, wait until it is on the disk, and rename it into place. OSError names it."""
         target = Path(path)
         aside = target.with_name(target.name + ".partial")
         try:
-            aside.write_text(self.to_json(), encoding="utf-8")
+            with aside.open("w", encoding="utf-8") as file:
+                file.write(self.to_json())
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(aside, target)
+        except OSError as error:  # a full disk names no file
+            raise OSError(error.errno, error.strerror, str(target)) from error
         finally:
             aside.unlink(missing_ok=True)
 

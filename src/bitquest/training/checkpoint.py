@@ -29,6 +29,7 @@ FORMAT = "bitquest-checkpoint"
 VERSION = 1
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 _FILES = (MODEL, OPTIMIZER, STATE)
+_UPDATE = "; it comes from a later one: update with `pip install --upgrade bitquest`"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
             remove_folder(folder)
         os.replace(aside, folder)
         sync(folder.parent)
+        sync(run_dir)  # the first checkpoint makes the folder of all
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             shutil.rmtree(aside)
@@ -114,7 +116,8 @@ def problem(run_dir: Path, step: int) -> str | None:
         if manifest["format"] != FORMAT or manifest["step"] != step or set(files) != set(_FILES):
             return f"{folder / MANIFEST}: does not describe the checkpoint of step {step}"
         if version != VERSION:
-            return f"{folder / MANIFEST}: version {version}, this bitquest reads {VERSION}"
+            later = _UPDATE if isinstance(version, int) and version > VERSION else ""
+            return f"{folder / MANIFEST}: version {version}, this bitquest reads {VERSION}{later}"
         for name, entry in files.items():
             if (size := (folder / name).stat().st_size) != entry["bytes"]:
                 return f"{folder / name}: {size} bytes instead of {entry['bytes']}"
@@ -132,7 +135,7 @@ def problem(run_dir: Path, step: int) -> str | None:
 def read_checkpoint(run_dir: Path, step: int | None = None, *, optimizer: bool = True) -> Checkpoint:
     """The checkpoint of a step, or the newest, after its checksums were verified. optimizer=False leaves that part out.
 
-    Raises CheckpointError: none there, that step not there, or damaged (naming the file and the newest intact one).
+    Raises CheckpointError: none there, that step not there, or not usable (naming the file and the newest intact one).
     """
     steps = list_steps(run_dir)
     if not steps:
@@ -141,8 +144,10 @@ def read_checkpoint(run_dir: Path, step: int | None = None, *, optimizer: bool =
         raise CheckpointError(f"{run_dir}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
     step = steps[-1] if step is None else step
     if (wrong := problem(run_dir, step)) is not None:
+        if wrong.endswith(_UPDATE):  # nothing is broken
+            raise CheckpointError(wrong)
         intact = next((other for other in reversed(steps) if other != step and problem(run_dir, other) is None), None)
-        raise CheckpointError(f"the checkpoint of step {step} is damaged: {wrong}. {_way_out(intact)}")
+        raise CheckpointError(f"the checkpoint of step {step} cannot be used: {wrong}. {_way_out(intact)}")
     folder = checkpoints_folder(run_dir) / f"step-{step}"
     return Checkpoint(
         step,

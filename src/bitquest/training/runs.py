@@ -12,7 +12,7 @@ from bitquest.models import Llama, Tokenizer
 from bitquest.training.build import checkpoint_config, restored_model
 from bitquest.training.checkpoint import checkpoints_folder, list_steps, read_checkpoint
 from bitquest.training.config import TrainConfig, differing_keys, load_config
-from bitquest.training.files import write_text_atomic
+from bitquest.training.files import sync, write_text_atomic
 
 CONFIG, TOKENIZER, METRICS = "config.toml", "tokenizer.json", "metrics.jsonl"
 
@@ -100,6 +100,7 @@ def start_run(run_dir: Path, config: TrainConfig, tokenizer: Tokenizer) -> None:
     """Write the tokenizer and, last, the configuration, which makes the directory a run."""
     tokenizer.save(run_dir / TOKENIZER)
     write_text_atomic(run_dir / CONFIG, config.to_toml())
+    sync(run_dir.absolute().parent)
 
 
 def check_free(run_dir: Path) -> None:
