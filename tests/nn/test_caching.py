@@ -178,6 +178,8 @@ def test_an_address_used_again_is_another_tensor() -> None:
 @pytest.mark.parametrize("backward", [True, False])
 def test_nothing_is_kept_alive(leaf: bool, backward: bool) -> None:
     """Neither the input, nor what it became, nor their graph: not even where no backward pass ever frees it."""
+    gc.collect()
+    others = set(quantizer_module._shared)  # of inputs that somebody else still holds
     q, k = layer(), layer(seed=1)
     alive = []
     q.activation_quantizer.register_forward_hook(lambda m, a, result: alive.append(weakref.ref(result)))
@@ -191,7 +193,7 @@ def test_nothing_is_kept_alive(leaf: bool, backward: bool) -> None:
         del start, x, y
     gc.collect()
     assert not [reference for reference in alive if reference() is not None]
-    assert not quantizer_module._shared
+    assert set(quantizer_module._shared) <= others
 
 
 def test_inputs_copy_and_save_as_before() -> None:
