@@ -76,7 +76,7 @@ def test_its_commands_are_commands(made):
     out, _, _ = made
     lines = commands(out)
     assert [line.split()[1] for line in lines] == ["data", *["train", "export", "verify", "eval"] * 3, "generate"]
-    assert "'The people of the United States'" in lines[-1]
+    assert "'It is the duty of'" in lines[-1]
 
 
 def test_another_demo_in_the_directory(made, small_corpus, listener):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def command(
     out: Annotated[Path, typer.Option(help="Directory of the demo; report.html is written there.")] = Path("demo"),
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps of each model.", show_default="600")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps of each model.", show_default="500")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON object on stdout.")] = False,
 ) -> None:
     """Train the same small Llama unquantized, at 4 and at 1 bit; pack, verify, measure. Stopped, it goes on."""

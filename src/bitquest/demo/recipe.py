@@ -18,7 +18,7 @@ _BASE = TrainConfig.from_dict(
         "data": {"context": 256},
         "optimizer": {"lr": 4e-3},
         "schedule": {"kind": "cosine", "warmup": 0.1},
-        "train": {"steps": 600, "batch_size": 8, "device": "cpu"},
+        "train": {"steps": 500, "batch_size": 8, "device": "cpu"},
         "evaluate": {"every": 100, "batches": 10},
         "checkpoint": {"every": 100, "keep": 1},
         "log": {"every": 5},

@@ -244,4 +244,4 @@ def commands(out: Path) -> list[str]:
             line("verify", run, packed),
             line("eval", packed, "--data", data),
         ]
-    return [*lines, line("generate", out / "packed" / SCHEMES[-1][1], "--prompt", "The people of the United States")]
+    return [*lines, line("generate", out / "packed" / SCHEMES[-1][1], "--prompt", "It is the duty of")]
