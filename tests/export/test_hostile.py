@@ -12,10 +12,18 @@ import bitquest as bq
 from bitquest.errors import FormatError
 from bitquest.export import load, read_tokenizer, save
 from bitquest.export.tensorfile import read_header, read_tensor
-from bitquest.models import Tokenizer
+from bitquest.models import Llama, LlamaConfig, Tokenizer
 
 UP = "model.layers.0.mlp.up_proj"
 NORM = "model.norm.weight"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imported(tmp_path_factory):
+    """What loading imports the first time would count as memory that a hostile file asked for."""
+    folder = tmp_path_factory.mktemp("warm") / "packed"
+    shape = LlamaConfig.preset("1M", vocab_size=8, max_position_embeddings=8, num_hidden_layers=1)
+    load(save(bq.quantize_(Llama(shape).init_weights(0), "w4a4"), folder))
 
 
 def refuses(folder, match):
