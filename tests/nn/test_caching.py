@@ -344,17 +344,10 @@ def test_forgetting_quantizes_anew(quantized: list[tuple[int, ...]]) -> None:
 
 
 @pytest.mark.parametrize("name", ["w4a4", "w1a1", "w2a8-2:4"])
-def test_micro_batches_add_up_to_the_batch(name: str, quantized: list[tuple[int, ...]]) -> None:
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=96,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        max_position_embeddings=16,
-    )
-    model = quantize_(Llama(config).init_weights(0), name)
+def test_micro_batches_add_up_to_the_batch(
+    name: str, grouped_config: LlamaConfig, quantized: list[tuple[int, ...]]
+) -> None:
+    model = quantize_(Llama(grouped_config).init_weights(0), name)
     ids = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(0))
 
     def gradient(batches: tuple[Tensor, ...]) -> Tensor:

@@ -10,15 +10,6 @@ from bitquest.models import Llama, LlamaConfig
 from bitquest.nn import pack_, quantize_
 from bitquest.ops import registry
 
-CONFIG = LlamaConfig(
-    vocab_size=50,
-    hidden_size=96,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=3,
-    num_key_value_heads=1,
-    max_position_embeddings=16,
-)
 IDS = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
@@ -30,10 +21,12 @@ def _compile_afresh() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", ["w4a4", "w1a1", "w2a8-g32-2:4-h8", "w4a16", "w4a4-fp4-norot"])
-def test_a_compiled_model_is_the_eager_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_model_is_the_eager_one(
+    name: str, grouped_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls, original = [], registry.fake_quantize_forward
     monkeypatch.setattr(registry, "fake_quantize_forward", lambda *a: calls.append(1) or original(*a))
-    model = quantize_(Llama(CONFIG).init_weights(0), name)
+    model = quantize_(Llama(grouped_config).init_weights(0), name)
     results = []
     for function in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         model.zero_grad()
@@ -49,8 +42,8 @@ def test_a_compiled_model_is_the_eager_one(name: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", ["w4a4", "w8a8", "w4a16"])
-def test_a_compiled_packed_model_is_the_eager_one(name: str) -> None:
-    model = pack_(quantize_(Llama(CONFIG).init_weights(0), name))
+def test_a_compiled_packed_model_is_the_eager_one(name: str, grouped_config: LlamaConfig) -> None:
+    model = pack_(quantize_(Llama(grouped_config).init_weights(0), name))
     with torch.no_grad():
         eager = model(IDS)
         assert torch.allclose(torch.compile(model, fullgraph=True, backend="aot_eager")(IDS), eager, atol=1e-6)
