@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitquest.errors import DataError
+from bitquest.files import write_json
 from bitquest.models import Tokenizer
 from bitquest.training import open_tokens, prepare, readers
-from bitquest.training.files import write_json
 from bitquest.training.prepare import _choose, _encode, _Survey
 from bitquest.training.shards import SplitWriter, dtype_for, manifest_digest, read_manifest
 

@@ -192,7 +192,7 @@ def test_a_changed_machine_is_told(make_config, tmp_path):
 
 def test_a_state_that_was_tampered_with_consistently_is_still_checked(make_config, tmp_path):
     """Checksums fit, contents do not: still one clear error."""
-    from bitquest.training.files import sha256
+    from bitquest.files import sha256
 
     config, run = make_config(), tmp_path / "run"
     stop_after(3, config, run)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from bitquest.errors import CheckpointError, ConfigError
+from bitquest.files import write_text_atomic
 from bitquest.models import Llama, LlamaConfig, Tokenizer
 from bitquest.nn import QuantizedLinear
 from bitquest.training import load_run, train, trainer
 from bitquest.training.checkpoint import list_steps, read_checkpoint
-from bitquest.training.files import write_text_atomic
 
 
 @pytest.fixture(scope="module")

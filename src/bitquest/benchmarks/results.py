@@ -7,6 +7,7 @@ from typing import Any
 
 from bitquest.benchmarks.hardware import describe
 from bitquest.errors import ConfigError
+from bitquest.files import write_text_atomic
 
 
 def check_place(path: Path) -> None:
@@ -24,11 +25,4 @@ def write_result(path: Path, command: str, fields: dict[str, Any]) -> None:
     """Write a benchmark's result aside and rename it into place. Raises OSError naming the path."""
     text = json.dumps({"command": command, "hardware": describe(), **fields}, indent=2) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:  # a full disk names no file
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        aside.unlink(missing_ok=True)
+    write_text_atomic(path, text)

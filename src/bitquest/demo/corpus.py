@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from bitquest.errors import DataError
 from bitquest.evaluation.ngram import END_OF_DOCUMENT
-from bitquest.training.files import write_text_atomic
+from bitquest.files import write_text_atomic
 
 # One document in so many is held out.
 _HELD_OUT_EVERY = 40

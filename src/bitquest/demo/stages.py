@@ -31,8 +31,8 @@ from bitquest.evaluation.report_page import Table
 from bitquest.evaluation.runs import RunSummary, read_run
 from bitquest.evaluation.verify import verify
 from bitquest.export import save
+from bitquest.files import write_text_atomic
 from bitquest.training import load_run, prepare, train
-from bitquest.training.files import write_text_atomic
 from bitquest.training.runs import claimed
 from bitquest.training.trainer import Display
 

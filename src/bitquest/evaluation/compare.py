@@ -26,10 +26,10 @@ from bitquest.evaluation.figures import require_matplotlib
 from bitquest.evaluation.report import write_report
 from bitquest.evaluation.runs import read_run
 from bitquest.export import packed_sizes, save
+from bitquest.files import write_text_atomic
 from bitquest.models import Llama
 from bitquest.nn import Scheme, quantize_
 from bitquest.training import DivergenceError, load_run, open_tokens, train
-from bitquest.training.files import write_text_atomic
 from bitquest.training.runs import claimed
 from bitquest.training.trainer import Display
 

@@ -12,7 +12,7 @@ from bitquest.evaluation import report_page as html
 from bitquest.evaluation.figures import loss_curves, seed_spread, size_against_loss
 from bitquest.evaluation.report_page import Table
 from bitquest.evaluation.runs import RunSummary, grouped
-from bitquest.training.files import write_text_atomic
+from bitquest.files import write_text_atomic
 
 
 def write_report(

@@ -26,6 +26,7 @@ from bitquest.export.format import (
 )
 from bitquest.export.manifest import canonical_json, manifest_bytes
 from bitquest.export.tensorfile import write_tensors
+from bitquest.files import sync
 from bitquest.models import Llama, Tokenizer
 from bitquest.nn import PackedEmbedding, PackedLinear, QuantizedEmbedding, QuantizedLinear
 from bitquest.numerics.quantizer import Quantizer
@@ -232,9 +233,9 @@ def _write_directory(out: Path, contents: Mapping[str, Callable[[BinaryIO], Any]
         listed = {name: _write_file(aside / name, write) for name, write in contents.items()}
         manifest = manifest_bytes(listed)
         _write_file(aside / MANIFEST, lambda file: file.write(manifest))
-        _sync(aside)
+        sync(aside)
         _rename(aside, out)
-        _sync(out.parent)
+        sync(out.parent)
     except BaseException as error:
         with suppress(OSError):
             shutil.rmtree(aside)
@@ -264,11 +265,3 @@ def _rename(aside: Path, out: Path) -> None:
         os.replace(old, out)
         raise
     shutil.rmtree(old)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

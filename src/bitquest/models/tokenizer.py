@@ -11,6 +11,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from bitquest.errors import DataError
+from bitquest.files import write_text_atomic
 
 END_OF_TEXT = "<|endoftext|>"
 # What published tokenizers call the end of a document, in the order they are looked for.
@@ -161,18 +162,7 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the tokenizer.json aside, wait until it is on the disk, and rename it into place. OSError names it."""
-        target = Path(path)
-        aside = target.with_name(target.name + ".partial")
-        try:
-            with aside.open("w", encoding="utf-8") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, target)
-        except OSError as error:  # a full disk names no file
-            raise OSError(error.errno, error.strerror, str(target)) from error
-        finally:
-            aside.unlink(missing_ok=True)
+        write_text_atomic(Path(path), self.to_json())
 
 
 class StreamDecoder:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitquest.errors import CheckpointError
-from bitquest.training.files import remove_folder, sha256, sync, write_json
+from bitquest.files import remove_folder, sha256, sync, write_json
 
 FORMAT = "bitquest-checkpoint"
 VERSION = 1

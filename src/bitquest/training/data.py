@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bitquest.errors import DataError
+from bitquest.files import sha256
 from bitquest.models import Tokenizer
-from bitquest.training.files import sha256
 from bitquest.training.shards import DTYPES, TOKENIZER, read_manifest
 
 

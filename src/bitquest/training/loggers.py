@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from bitquest.errors import CheckpointError, MissingExtraError
+from bitquest.files import write_text_atomic
 from bitquest.training.config import LogSection, TrainConfig
-from bitquest.training.files import write_text_atomic
 
 Record = dict[str, Any]
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from bitquest.errors import DataError
+from bitquest.files import sync, write_json
 from bitquest.models import Tokenizer
 from bitquest.training.data import permuted
-from bitquest.training.files import sync, write_json
 from bitquest.training.readers import Piece, find_inputs, pieces
 from bitquest.training.shards import (
     FORMAT,

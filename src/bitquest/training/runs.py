@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitquest.errors import CheckpointError, ConfigError
+from bitquest.files import sync, write_text_atomic
 from bitquest.models import Llama, Tokenizer
 from bitquest.training.build import checkpoint_config, restored_model
 from bitquest.training.checkpoint import checkpoints_folder, list_steps, read_checkpoint
 from bitquest.training.config import TrainConfig, differing_keys, load_config
-from bitquest.training.files import sync, write_text_atomic
 
 CONFIG, TOKENIZER, METRICS = "config.toml", "tokenizer.json", "metrics.jsonl"
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bitquest.errors import DataError
-from bitquest.training.files import sync
+from bitquest.files import sync
 
 FORMAT, VERSION = "bitquest-data", 1
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"

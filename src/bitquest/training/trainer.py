@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from bitquest.errors import CheckpointError, ConfigError, DataError, UserError
+from bitquest.files import sha256
 from bitquest.models import Llama
 from bitquest.training.build import checkpoint_config, new_model, restored_model
 from bitquest.training.checkpoint import (
@@ -33,7 +34,6 @@ from bitquest.training.config import TrainConfig
 from bitquest.training.data import Tokens, open_tokens
 from bitquest.training.diagnostics import StepClock, environment, memory_mb
 from bitquest.training.evaluate import HeldOutLoss, held_out_loss
-from bitquest.training.files import sha256
 from bitquest.training.loggers import Loggers, Record, require_loggers
 from bitquest.training.optim import load_optimizer, make_optimizer, optimizer_tensors
 from bitquest.training.runs import check_free, check_same, claimed, is_run, start_run

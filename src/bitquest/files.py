@@ -18,7 +18,10 @@ def sync(path: Path) -> None:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write a small text file so that a reader, or a restart after a crash, sees all of it or the one before."""
+    """Write a small text file so that a reader, or a restart after a crash, sees all of it or the one before.
+
+    Raises OSError naming the path.
+    """
     aside = path.with_name(f".{path.name}.tmp")
     try:
         with aside.open("w", encoding="utf-8") as file:
@@ -27,11 +30,9 @@ def write_text_atomic(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:  # a full disk names no file
-        aside.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
-    except BaseException:
+    finally:
         aside.unlink(missing_ok=True)
-        raise
     sync(path.parent)
 
 
