@@ -170,7 +170,7 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
             console.print(f"stopped at step {result.step} of {scheme}, saved; the same command goes on")
             return stop.exit_code
         trained = load_run(folder)
-        bq.save(trained.model, packed, trained.tokenizer, {"scheme": scheme, "step": result.step}, overwrite=True)
+        bq.save(trained.model, packed, trained.tokenizer, trained.metadata, overwrite=True)
         engine = TextEngine.open(packed)
         after, sizes = measured(engine.model), packed_sizes(packed)
         rows.append(

@@ -74,7 +74,7 @@ def test_a_failed_verification_shows(made, small_corpus, listener):
 
 def test_its_commands_are_commands(made):
     out, _, _ = made
-    lines = commands(out)
+    lines = commands(out, "It is the duty of")
     assert [line.split()[1] for line in lines] == ["data", *["train", "export", "verify", "eval"] * 3, "generate"]
     assert "'It is the duty of'" in lines[-1]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from bitquest.cli.console import err, print_json_object, print_table
 
@@ -39,12 +39,11 @@ def command(
     if json:
         print_json_object("demo", result.to_json())
     print_table(result.table)
-    for run in result.runs[-1:]:
-        err.print(f"{run.name} writes:", style="bold")
-        err.print(f"{run.prompt}{run.sample}\n", soft_wrap=True, highlight=False, markup=False)
+    smallest = result.runs[-1]
+    err.print(f"{smallest.name} writes:", style="bold")
+    err.print(f"{smallest.prompt}{smallest.sample}\n", soft_wrap=True, highlight=False, markup=False)
     err.print(f"Written: {result.report}", soft_wrap=True, highlight=False, markup=False)
-    if not all(run.verified for run in result.runs):
-        failed = ", ".join(run.name for run in result.runs if not run.verified)
+    if failed := ", ".join(run.name for run in result.runs if not run.verified):
         err.print(f"[bold red]error:[/] not the trained model, see {out}/measured: {failed}", soft_wrap=True)
         raise typer.Exit(1)
 
@@ -54,8 +53,6 @@ class _Listener:
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        self._what = ""
 
     def on_stage(self, text: str) -> None:
         self.close()
@@ -65,14 +62,10 @@ class _Listener:
         if not err.is_terminal:
             return
         if self._bar is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=err, transient=True)
+            self._bar = Progress(TextColumn("{task.description}"), BarColumn(), console=err, transient=True)
             self._bar.start()
-        if what != self._what or self._task is None:
-            if self._task is not None:
-                self._bar.remove_task(self._task)
-            self._what, self._task = what, self._bar.add_task(what)
-        self._bar.update(self._task, completed=done, total=total or None)
+            self._bar.add_task("")
+        self._bar.update(self._bar.task_ids[0], description=what, completed=done, total=total or None)
 
     def run(self, name: str) -> "Display":
         from bitquest.training.display import make_display
@@ -83,4 +76,4 @@ class _Listener:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-            self._bar = self._task = None
+            self._bar = None

@@ -25,11 +25,10 @@ def command(
     with err.status("reading the checkpoint") as status:
         loaded = load_run(run, step, require_finished=True)
         status.update("packing")
-        metadata = {"scheme": loaded.config.scheme, "step": loaded.step, "finished": loaded.finished}
-        save(loaded.model, out, loaded.tokenizer, metadata, overwrite=overwrite)
+        save(loaded.model, out, loaded.tokenizer, loaded.metadata, overwrite=overwrite)
         sizes = packed_sizes(out)
     if json:
-        print_json_object("export", {"run": str(run), "out": str(out), **metadata, **sizes})
+        print_json_object("export", {"run": str(run), "out": str(out), **loaded.metadata, **sizes})
     bits = 8 * sizes["total_bytes"] / sizes["parameters"]
     err.print(
         f"{out}: step {loaded.step}, {loaded.config.scheme}, {sizes['total_bytes'] / 1e6:.2f} MB "

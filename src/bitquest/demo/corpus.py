@@ -7,8 +7,9 @@ import importlib.util
 import json
 import re
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -106,13 +107,10 @@ def words(text: str) -> list[str]:
     return [match[0] for match in _WORD.finditer(text.lower())]
 
 
-def vocabulary(files: Sequence[Path]) -> frozenset[str]:
-    """All words of the files."""
-    return frozenset(word for text in _texts(files) for word in words(text))
-
-
-def _texts(files: Sequence[Path]) -> Iterator[str]:
-    yield from map(_read, files)
+@lru_cache(maxsize=1)
+def vocabulary(files: tuple[Path, ...]) -> frozenset[str]:
+    """All words of the files; kept, since every model's words are looked up in it."""
+    return frozenset(word for text in map(_read, files) for word in words(text))
 
 
 def _read(file: Path) -> str:

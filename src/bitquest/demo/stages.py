@@ -14,7 +14,6 @@ A stage that is done is not repeated, so a demo that was stopped goes on. Every 
 import hashlib
 import json
 import shlex
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +32,7 @@ from bitquest.evaluation.verify import verify
 from bitquest.export import save
 from bitquest.files import write_text_atomic
 from bitquest.training import load_run, prepare, train
-from bitquest.training.runs import claimed
+from bitquest.training.runs import check_free, claimed
 from bitquest.training.trainer import Display
 
 REPORT = "report.html"
@@ -104,28 +103,20 @@ def demo(
     out, recipe = Path(out), recipe or Recipe()
     stop = should_stop or (lambda: False)
     require_matplotlib()
-    _check_directory(out)
+    if not (out / _STAMP).is_file():
+        check_free(out, _STAMP, "no demo", early="")
     with claimed(out):
         _stamp(out, corpus, recipe)
         _prepare(out, corpus, listener)
         for name, folder, scheme in SCHEMES:
             if stop() or not _train(out, name, folder, scheme, recipe, listener, stop):
                 return DemoResult(interrupted=True)
-        known = vocabulary(corpus.files)
         for name, folder, _ in SCHEMES:
             if stop():
                 return DemoResult(interrupted=True)
-            _measure(out, name, folder, corpus, known, listener)
+            _measure(out, name, folder, corpus, listener)
         listener.on_stage("writing the report")
         return _report(out, corpus, recipe)
-
-
-def _check_directory(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: there is a file of this name; choose another directory with --out")
-    names = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith(".")) if out.is_dir() else []
-    if names and _STAMP not in names:
-        raise ConfigError(f"{out}: holds {names[0]} and no {_STAMP}, so it is no demo; choose another with --out")
 
 
 def _stamp(out: Path, corpus: Corpus, recipe: Recipe) -> None:
@@ -170,19 +161,17 @@ def _train(
     return train(config, out / "runs" / folder, display=listener.run(name), should_stop=stop).finished
 
 
-def _measure(out: Path, name: str, folder: str, corpus: Corpus, known: frozenset[str], listener: Listener) -> None:
+def _measure(out: Path, name: str, folder: str, corpus: Corpus, listener: Listener) -> None:
     """Pack a run, prove that the packed model is the trained one, and measure it; once."""
     path = out / "measured" / f"{folder}.json"
     if path.is_file():
         return
     listener.on_stage(f"packing {name}, verifying, measuring, writing")
     run_dir, packed = out / "runs" / folder, out / "packed" / folder
-    packed.parent.mkdir(exist_ok=True)
-    if packed.is_dir():  # of a demo that was stopped here
-        shutil.rmtree(packed)
     run = load_run(run_dir, require_finished=True)
-    save(run.model, packed, run.tokenizer, {"scheme": run.config.scheme, "step": run.step, "finished": run.finished})
+    save(run.model, packed, run.tokenizer, run.metadata, overwrite=True)  # a demo may have been stopped after this
     report = verify(run_dir, packed, progress=listener.on_progress)
+    known = vocabulary(corpus.files)
     measured = measure(packed, out / "data", corpus.prompts, known, report.passed, listener.on_progress)
     path.parent.mkdir(exist_ok=True)
     write_text_atomic(path, json.dumps(measured.to_json() | {"verify": report.to_json()}, indent=1) + "\n")
@@ -211,30 +200,20 @@ def _report(out: Path, corpus: Corpus, recipe: Recipe) -> DemoResult:
         results=table,
         baselines={BASELINE: trigram},
         facts={"text": corpus.credit},
-        commands=commands(out),
+        commands=commands(out, corpus.prompts[0]),
     )
     return DemoResult(False, tuple(runs), trigram, known, written, table, path)
 
 
-def commands(out: Path) -> list[str]:
+def commands(out: Path, prompt: str) -> list[str]:
     """The commands that do what the demo did, one stage after the other, in a directory that has its text."""
 
-    def line(*words: Any) -> str:
-        return "bitquest " + shlex.join(map(str, words))
+    def line(command: str, *words: Any) -> str:
+        return f"bitquest {command} {shlex.join(map(str, words))}"
 
     text, data = out / "text", out / "data"
     lines = [
-        line(
-            "data",
-            "prepare",
-            text / "train.jsonl",
-            "--val",
-            text / "val.jsonl",
-            "--tokenizer",
-            TOKENIZER,
-            "--out",
-            data,
-        )
+        line("data prepare", text / "train.jsonl", "--val", text / "val.jsonl", "--tokenizer", TOKENIZER, "--out", data)
     ]
     for _, folder, _ in SCHEMES:
         run, packed = out / "runs" / folder, out / "packed" / folder
@@ -244,4 +223,4 @@ def commands(out: Path) -> list[str]:
             line("verify", run, packed),
             line("eval", packed, "--data", data),
         ]
-    return [*lines, line("generate", out / "packed" / SCHEMES[-1][1], "--prompt", "It is the duty of")]
+    return [*lines, line("generate", out / "packed" / SCHEMES[-1][1], "--prompt", prompt)]

@@ -30,7 +30,7 @@ from bitquest.files import write_text_atomic
 from bitquest.models import Llama
 from bitquest.nn import Scheme, quantize_
 from bitquest.training import DivergenceError, load_run, open_tokens, train
-from bitquest.training.runs import claimed
+from bitquest.training.runs import check_free, claimed
 from bitquest.training.trainer import Display
 
 REPORT, RESULTS, TABLE = "report.html", "results.json", "results.csv"
@@ -147,14 +147,10 @@ def _check_fits(plan: Comparison) -> None:
 
 
 def _check_directory(out: Path, plan: Comparison, digest: str) -> None:
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: there is a file of this name; choose another directory with --out")
     if (out / PLAN).is_file():
         check_same_plan(out, plan, digest)
-    elif out.is_dir() and (foreign := [e.name for e in out.iterdir() if not e.name.startswith(".")]):
-        raise ConfigError(
-            f"{out}: holds {sorted(foreign)[0]} and no {PLAN}, so it is not a comparison; choose another with --out"
-        )
+    else:
+        check_free(out, PLAN, "not a comparison", early="")
 
 
 def _write_results(out: Path, result: ComparisonResult) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bitquest.errors import CheckpointError, ConfigError
 from bitquest.files import sync, write_text_atomic
@@ -29,6 +30,11 @@ class LoadedRun:
     tokenizer: Tokenizer
     step: int
     finished: bool
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What a packed model notes of the run it came from; `verify` looks for the step."""
+        return {"scheme": self.config.scheme, "step": self.step, "finished": self.finished}
 
 
 def is_run(folder: Path) -> bool:
@@ -103,16 +109,17 @@ def start_run(run_dir: Path, config: TrainConfig, tokenizer: Tokenizer) -> None:
     sync(run_dir.absolute().parent)
 
 
-def check_free(run_dir: Path) -> None:
-    """Raise ConfigError if something that is no run stands where a new run should be written."""
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ConfigError(f"{run_dir}: there is a file of this name; choose another directory with --out")
-    names = sorted(entry.name for entry in run_dir.iterdir()) if run_dir.is_dir() else []
-    foreign = [name for name in names if not name.startswith(".") and name != TOKENIZER]
+def check_free(folder: Path, marker: str = CONFIG, what: str = "not a run directory", early: str = TOKENIZER) -> None:
+    """Raise ConfigError if something else stands where a directory should be begun that `marker` will mark as one.
+
+    early: what is written before the marker, and may be there of a start that was cut off.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: there is a file of this name; choose another directory with --out")
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    foreign = [name for name in names if not name.startswith(".") and name != early]
     if foreign:
-        raise ConfigError(
-            f"{run_dir}: holds {foreign[0]} and no {CONFIG}, so it is not a run directory; choose another with --out"
-        )
+        raise ConfigError(f"{folder}: holds {foreign[0]} and no {marker}, so it is {what}; choose another with --out")
 
 
 LOCK = ".lock"
