@@ -1,0 +1,119 @@
+"""Builds the native CPU engine, csrc/, beside the package. Everything else is in pyproject.toml.
+
+The engine is optional: without a C++17 compiler the package installs all the same and runs on torch alone. It is a
+plain shared library behind a C interface, loaded with ctypes, so one build serves every version of Python.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+SOURCES = Path("csrc")
+COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"]
+AVX512 = "f bw vl dq vnni vpopcntdq vbmi vbmi2 bitalg"
+# Folder of csrc/: the flags its files are compiled with, and the macro that tells dispatch.cpp that they are there.
+INSTRUCTION_SETS = {
+    "x86_64": {
+        "avx2": (["-mavx2", "-mfma", "-mf16c", "-mbmi2"], "BQ_HAVE_AVX2"),
+        "avx512": (
+            [*(f"-mavx512{part}" for part in AVX512.split()), "-mgfni", "-mfma", "-mf16c", "-mbmi2"],
+            "BQ_HAVE_AVX512",
+        ),
+    },
+    "aarch64": {"neon": ([], "BQ_HAVE_NEON")},
+}
+MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
+
+
+class BuildNative(build_ext):
+    """Compiles each folder of csrc/ with its own flags and links one shared library."""
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except Exception as failure:  # whatever a compiler or the lack of one brings: the package works without
+            print(f"warning: the native CPU engine was not built: {failure}", file=sys.stderr)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        if sys.platform == "win32":
+            raise RuntimeError("the native engine is built with GCC or Clang; there is no recipe for Windows yet")
+        machine = platform.machine().lower()
+        sets = {
+            folder: (flags, macro)
+            for folder, (flags, macro) in INSTRUCTION_SETS.get(MACHINES.get(machine, machine), {}).items()
+            if self._accepts(flags)
+        }
+        macros = [f"-D{macro}=1" for _, macro in sets.values()]
+        jobs = [(source, macros) for source in [*SOURCES.glob("*.cpp"), *(SOURCES / "generic").glob("*.cpp")]]
+        for folder, (flags, _) in sets.items():
+            jobs += [(source, [*flags, *macros]) for source in (SOURCES / folder).glob("*.cpp")]
+        headers = [path for pattern in ("*.h", "*.inl") for path in SOURCES.rglob(pattern)]
+        newest = max(path.stat().st_mtime for path in [*headers, ROOT / "setup.py"])
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            objects = list(pool.map(lambda job: self._compile(*job, newest), sorted(jobs)))
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made = target.with_suffix(".linking")
+        self._run([*self._compiler(), "-shared", "-pthread", "-o", str(made), *objects])
+        made.replace(target)  # a process that has the old one loaded keeps it
+
+    def _compiler(self) -> list[str]:
+        return os.environ.get("CXX", "c++").split()
+
+    def _run(self, command: list[str]) -> None:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            raise RuntimeError(f"no C++ compiler: {command[0]!r} is not there (CXX names another)") from None
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        if done.stderr:
+            print(done.stderr, file=sys.stderr)
+
+    def _accepts(self, flags: list[str]) -> bool:
+        with TemporaryDirectory() as folder:
+            source = Path(folder) / "empty.cpp"
+            source.write_text("int main() { return 0; }\n")
+            try:
+                self._run([*self._compiler(), *COMMON, *flags, "-c", str(source), "-o", str(source.with_suffix(".o"))])
+            except RuntimeError as refusal:
+                if "no C++ compiler" in str(refusal):
+                    raise
+                return False
+        return True
+
+    def _compile(self, source: Path, flags: list[str], newest: float) -> str:
+        target = Path(self.build_temp) / source.with_suffix(".o")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists() or target.stat().st_mtime < max(newest, source.stat().st_mtime):
+            self._run([*self._compiler(), *COMMON, *flags, "-pthread", "-c", str(source), "-o", str(target)])
+        return str(target)
+
+
+class AnyPython(bdist_wheel):
+    """The library is of one machine, but of no Python in particular."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+setup(
+    ext_modules=[Extension("bitquest.ops._native", sources=["csrc/dispatch.cpp"])],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython},
+)
