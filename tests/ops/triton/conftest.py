@@ -31,6 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
         early = [name for name in sys.modules if name.startswith("bitquest.ops.triton.")]
         assert not early, f"imported before their tests, as kernels that only a GPU can run: {early}"
         _interpret_the_standard_library()
+        _take_numpys_scalars()
 
 
 def _interpret_the_standard_library() -> None:
@@ -43,6 +44,19 @@ def _interpret_the_standard_library() -> None:
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction):
                 setattr(module, name, InterpretedFunction(value.fn))
+
+
+def _take_numpys_scalars() -> None:
+    """The interpreter of Triton 3.6 turns arrays of one element into loop bounds by int(), which NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    plain = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        plain(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
