@@ -79,4 +79,4 @@ def test_mistakes_give_one_message(bitquest, run_dir, packed, tmp_path):
 def test_a_misspelt_backend_is_a_mistake_for_every_kind_of_model(bitquest, run_dir, packed):
     for model in (run_dir, packed):
         _, said = bitquest("eval", model, "--data", run_dir.parent / "text.txt", "--backend", "gpu", code=1)
-        assert said == "error: unknown backend 'gpu'; this version has: auto, torch\n"
+        assert said == "error: unknown backend 'gpu'; this version has: auto, cuda, triton, native, torch\n"

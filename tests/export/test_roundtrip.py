@@ -80,7 +80,7 @@ def test_tied_weights_are_stored_and_held_once(make_llama, tmp_path, scheme):
         assert table.weight is head.weight
     else:
         assert isinstance(table, PackedEmbedding)
-        assert table.codes is head.codes
+        assert table.packed is head.packed
         assert table.step is head.step
 
 
@@ -198,7 +198,7 @@ def test_foreign_modules_are_filled(tmp_path, name):
         assert loaded is fresh
         assert isinstance(loaded.inner["a"], PackedLinear)
         if name != "learned":  # there each use of a layer has a step of its own
-            assert loaded.inner["a"].codes is loaded.again.codes
+            assert loaded.inner["a"].packed is loaded.again.packed
         assert torch.equal(loaded(ids), pack_(model).eval()(ids))
 
 

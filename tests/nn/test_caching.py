@@ -295,7 +295,7 @@ def test_a_changed_weight_is_quantized_anew(change: str, transposed: bool) -> No
 
 def test_another_weight_at_the_same_address_is_quantized_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where contents are not looked at, as on a GPU: the tensor itself is known again, not its number."""
-    monkeypatch.setattr("bitquest.nn.quantizer._state", lambda weight: (0,))
+    monkeypatch.setattr("bitquest.nn.quantizer.weight_state", lambda weight: (0,))
     made, x = layer(), torch.randn(4, 96)
     made(x)
     made.weight = nn.Parameter(torch.randn(33, 96))

@@ -212,7 +212,7 @@ def test_whole_models_pack(name: str, tied: bool) -> None:
     if tied and name.endswith(("h8", "h4")):
         assert isinstance(model.embed, PackedEmbedding)
         assert isinstance(model.lm_head, PackedLinear)
-        assert model.embed.codes is model.lm_head.codes
+        assert model.embed.packed is model.lm_head.packed
 
 
 def test_which_layers_are_taken() -> None:
@@ -250,7 +250,7 @@ def test_parameters_keep_name_and_identity() -> None:
         (lambda: quantize_(Toy(), "w4a4", lambda m, n: False), "filter_fn refused"),
         (lambda: quantize_(Toy(tied=True), Scheme(head=Quantizer(UniformGrid(8)))), "share one weight"),
         (lambda: pack_(quantize_(Toy(), "w8a8-2:4")), "up: sparse 8-bit weights cannot be packed"),
-        (lambda: pack_(quantize_(Toy(), "w4a4"), backend="cuda"), "unknown backend"),
+        (lambda: pack_(quantize_(Toy(), "w4a4"), backend="metal"), "unknown backend"),
     ],
 )
 def test_refusals_name_the_layer(act: object, message: str) -> None:

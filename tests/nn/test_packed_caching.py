@@ -8,7 +8,7 @@ from torch import nn
 
 from bitquest.nn import PackedLinear, QuantizedLinear, Scheme
 from bitquest.numerics import Learned, PerTensor, Quantizer, UniformGrid
-from bitquest.ops import registry
+from bitquest.ops import engine
 
 
 def layer(name: str | Scheme = "w4a4", out: int = 33, seed: int = 0) -> QuantizedLinear:
@@ -19,8 +19,8 @@ def layer(name: str | Scheme = "w4a4", out: int = 33, seed: int = 0) -> Quantize
 
 def test_packed_layers_share_one_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    original = registry.encode_reference
-    monkeypatch.setattr(registry, "encode_reference", lambda *a: calls.append(1) or original(*a))
+    original = engine.encode
+    monkeypatch.setattr(engine, "encode", lambda *a: calls.append(1) or original(*a))
     q, k = PackedLinear.of(layer()), PackedLinear.of(layer(out=7))
     calls.clear()
     x = torch.randn(3, 96)
@@ -38,7 +38,6 @@ def test_changed_codes_are_used(name: str, change: str) -> None:
     if change == "mask":
         made.kept = None if made.kept is None else made.kept.flip(0)
         other = copy.deepcopy(made)
-        other._factors = None
     elif change == "load":
         made.load_state_dict(other.state_dict())
     elif change == "assign":

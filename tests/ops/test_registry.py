@@ -1,7 +1,5 @@
 """Every operator: opcheck, and equal to the definition in numerics, values and gradients."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -27,15 +25,11 @@ from bitquest.numerics import (
     integer_form,
 )
 from bitquest.ops.registry import (
-    encode_op,
     fake_quantize_backward_op,
     fake_quantize_op,
-    grid_text,
-    integer_linear_op,
     quantizer_text,
     rotate_op,
     step_gradient_op,
-    weight_only_linear_op,
 )
 
 QUANTIZERS = [
@@ -68,8 +62,6 @@ def test_opcheck_inputs_that_are_not_contiguous(block: int) -> None:
     x, mask = torch.randn(64, 6).t(), (torch.rand(64, 6) > 0.2).t()
     for quantizer in QUANTIZERS[:6]:
         torch.library.opcheck(fake_quantize_op, (x.clone().requires_grad_(), None, quantizer_text(quantizer), block))
-        if not quantizer.is_sparse:
-            torch.library.opcheck(encode_op, (x, None, quantizer_text(quantizer), block))
     torch.library.opcheck(fake_quantize_backward_op, (x, mask, block))
     torch.library.opcheck(fake_quantize_backward_op, (x, torch.empty(0, dtype=torch.bool), block))
     torch.library.opcheck(rotate_op, (x, block))
@@ -89,16 +81,6 @@ def test_opcheck_the_others() -> None:
     torch.library.opcheck(rotate_op, (x.clone().requires_grad_(), 64))
     learned = Quantizer(UniformGrid(2), PerRow(), Learned())
     torch.library.opcheck(step_gradient_op, (x, torch.randn(3, 64), torch.ones(3, 1), quantizer_text(learned)))
-    for quantizer, step in itertools.product([Quantizer(), Quantizer(UniformGrid(8), PerGroup(32))], [None]):
-        torch.library.opcheck(encode_op, (x, step, quantizer_text(quantizer), 32))
-    torch.library.opcheck(encode_op, (x, torch.ones(1, 1), quantizer_text(Quantizer(granularity=PerTensor())), 1))
-    grid = UniformGrid(8)
-    a, w = encode(x, Quantizer(grid), NoRotation()), encode(torch.randn(5, 64), Quantizer(FP4), NoRotation())
-    form = integer_form(FP4)
-    assert form is not None
-    factors = form.of_codes(w.codes)
-    torch.library.opcheck(integer_linear_op, (a.codes, a.step, factors, w.step, grid_text(grid), grid_text(FP4)))
-    torch.library.opcheck(weight_only_linear_op, (x, factors, w.step, grid_text(FP4)))
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
@@ -150,11 +132,11 @@ def test_gradient_arrives_for_non_contiguous_gradients() -> None:
 
 
 def test_backends() -> None:
-    assert ops.resolve_backend("auto") == ops.Backend.TORCH
+    assert ops.resolve_backend("auto") is ops.Backend.AUTO
     assert ops.resolve_backend("torch") is ops.Backend.TORCH
-    with pytest.raises(ConfigError, match="unknown backend 'cuda'"):
-        ops.resolve_backend("cuda")
-    assert [report.name for report in ops.backend_report() if report.available] == ["torch"]
+    with pytest.raises(ConfigError, match="unknown backend 'metal'"):
+        ops.resolve_backend("metal")
+    assert "torch" in [report.name for report in ops.backend_report() if report.available]
 
 
 def test_an_unavailable_backend_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,8 +28,8 @@ def codes_to_bytes(codes_NK: Tensor, kept_NK: Tensor | None, spec: LayerSpec) ->
     }
 
 
-def codes_from_bytes(tensors: dict[str, Tensor], spec: LayerSpec, where: str) -> tuple[Tensor, Tensor | None]:
-    """Codes int8 (N, K), 0 where dropped, and the kept mask bool (N, K) or None.
+def packed_from_bytes(tensors: dict[str, Tensor], spec: LayerSpec, where: str) -> tuple[Tensor, Tensor | None]:
+    """Codes as layers hold them, uint8 (N, ⌈K·bits/8⌉) with dropped ones as 0, and the kept mask bool (N, K) or None.
 
     Raises FormatError for set spare bits, a mask that is not n of every m, and codes beyond the codebook.
     """
@@ -37,9 +37,8 @@ def codes_from_bytes(tensors: dict[str, Tensor], spec: LayerSpec, where: str) ->
     k, bits, pattern = spec.in_features, spec.weight.bits, spec.weight.sparsity
     try:
         if not isinstance(pattern, NofM):
-            codes = unpack(tensors["codes"], bits, k)
-            _check_codebook(codes, spec, where)
-            return codes, None
+            _check_dense(tensors["codes"], spec, where)
+            return tensors["codes"], None
         repeat = 2 if pattern.pair else 1
         units = unpack(tensors["kept"], 1, k // repeat) == 0
         if not bool((units.unflatten(-1, (-1, pattern.m)).sum(-1) == pattern.n).all()):
@@ -51,7 +50,19 @@ def codes_from_bytes(tensors: dict[str, Tensor], spec: LayerSpec, where: str) ->
     _check_codebook(stored, spec, where)
     codes = torch.zeros(kept.shape, dtype=torch.int8)
     codes[kept] = stored.flatten()
-    return codes, kept
+    return pack(codes, bits), kept
+
+
+def _check_dense(packed: Tensor, spec: LayerSpec, where: str) -> None:
+    """Look at the spare bits, and at every code only where not all of them mean something."""
+    assert spec.weight is not None
+    bits, k = spec.weight.bits, spec.in_features
+    if isinstance(spec.weight.grid, CodebookGrid):
+        _check_codebook(unpack(packed, bits, k), spec, where)
+    elif spare := packed.shape[-1] * 8 - k * bits:
+        last = (k - 1) // 8 * 8  # codes share bytes in eights: the last eight hold all the spare bits
+        unpack(packed[:, last * bits // 8 :], bits, k - last)
+        assert spare < 8
 
 
 def _check_codebook(codes: Tensor, spec: LayerSpec, where: str) -> None:

@@ -120,7 +120,7 @@ def _packed_layer(spec: LayerSpec, tensors: dict[str, Tensor], backend: Backend)
             spec.in_features,
             weight=spec.weight,
             rotation=spec.rotation,
-            codes=tensors["codes"],
+            packed=tensors["codes"],
             step=tensors["step"],
             kept=tensors.get("kept"),
         )
@@ -130,7 +130,7 @@ def _packed_layer(spec: LayerSpec, tensors: dict[str, Tensor], backend: Backend)
         weight=spec.weight,
         activation=spec.activation,
         rotation=spec.rotation,
-        codes=tensors.get("codes"),
+        packed=tensors.get("codes"),
         step=tensors.get("step"),
         kept=tensors.get("kept"),
         bias=tensors.get("bias"),

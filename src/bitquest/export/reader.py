@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from bitquest.errors import ConfigError, DataError, FormatError
-from bitquest.export.codes import codes_from_bytes
+from bitquest.export.codes import packed_from_bytes
 from bitquest.export.format import (
     CONFIG,
     LARGEST_SIZE,
@@ -67,15 +67,14 @@ class PackedFile:
         return read_tensor(self._file, self.header, self.shared.get(name, name), self.where)
 
     def read_layer(self, fqn: str) -> dict[str, Tensor]:
-        """A layer's tensors as PackedLinear and PackedEmbedding take them: codes unpacked, values checked."""
+        """A layer's tensors as PackedLinear and PackedEmbedding take them, values checked."""
         spec, prefix = self.layers[fqn], layer_prefix(fqn)
         stored = {suffix: self.read(prefix + suffix) for suffix in spec.tensors()}
         for suffix in ("step", "activation_step"):
             if suffix in stored:
                 check_step(stored[suffix], f"{self.where}, {prefix}{suffix}")
         if spec.weight is not None:
-            codes, kept = codes_from_bytes(stored, spec, f"{self.where}, {prefix}codes")
-            stored["codes"] = codes
+            stored["codes"], kept = packed_from_bytes(stored, spec, f"{self.where}, {prefix}codes")
             if kept is not None:
                 stored["kept"] = kept
         return stored

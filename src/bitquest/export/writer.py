@@ -155,7 +155,7 @@ def _source(module: nn.Module, spec: LayerSpec) -> Identity:
         learned = () if module.weight_quantizer.step is None else (id(module.weight_quantizer.step),)
         return ("weight", *_storage(module.weight), *how, *learned)
     assert isinstance(module, _PACKED)
-    held = module.codes if module.codes is not None else getattr(module, "float_weight", None)
+    held = module.packed if module.packed is not None else getattr(module, "float_weight", None)
     assert isinstance(held, Tensor)
     return ("codes", *_storage(held), *how)
 

@@ -2,7 +2,8 @@
 
 from bitquest.nn.convert import pack_, quantize_
 from bitquest.nn.embedding import PackedEmbedding, QuantizedEmbedding
-from bitquest.nn.linear import PackedLinear, QuantizedLinear
+from bitquest.nn.linear import QuantizedLinear
+from bitquest.nn.packed_linear import PackedLinear
 from bitquest.nn.quantizer import MaskedShare, record_masked_share
 from bitquest.nn.scheme import Scheme
 

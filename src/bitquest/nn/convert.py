@@ -6,7 +6,8 @@ from torch import nn
 
 from bitquest.errors import ConfigError
 from bitquest.nn.embedding import PackedEmbedding, QuantizedEmbedding
-from bitquest.nn.linear import PackedLinear, QuantizedLinear
+from bitquest.nn.linear import QuantizedLinear
+from bitquest.nn.packed_linear import PackedLinear
 from bitquest.nn.scheme import Scheme
 from bitquest.ops.backend import Backend
 
@@ -18,11 +19,15 @@ def _is_head(fqn: str) -> bool:
     return fqn.rsplit(".", 1)[-1] == HEAD
 
 
-def quantize_(model: nn.Module, scheme: Scheme | str, filter_fn: Filter | None = None) -> nn.Module:
+def quantize_(
+    model: nn.Module, scheme: Scheme | str, filter_fn: Filter | None = None, backend: str | Backend = Backend.AUTO
+) -> nn.Module:
     """Replace linear layers by QuantizedLinear, in place, for training at the scheme's widths. Returns the model.
 
     filter_fn(module, fqn) says which layers (of the very type nn.Linear) are taken; the default takes every one but
     `lm_head`. Embeddings and `lm_head` follow the scheme's own `embedding` and `head`, whatever the filter says.
+    backend: which code trains the layers; `auto` takes the fastest that is there for the device of each (bitquest
+    doctor lists them), `torch` multiplies fake-quantized floats.
     Parameters keep their names and identity, so optimizers and checkpoints made before still fit.
     Raises ConfigError naming the layer whose width does not fit, and where there is nothing to quantize.
     """
@@ -33,7 +38,7 @@ def quantize_(model: nn.Module, scheme: Scheme | str, filter_fn: Filter | None =
         if isinstance(module, QuantizedLinear | QuantizedEmbedding | PackedLinear | PackedEmbedding):
             raise ConfigError(f"{fqn or 'the module'} is quantized already; quantize_ takes a plain model")
         try:
-            made = _quantized(module, fqn, scheme, filter_fn)
+            made = _quantized(module, fqn, scheme, filter_fn, backend)
         except ConfigError as error:
             raise ConfigError(f"{fqn or 'the module'}: {error}") from None
         if made is not None:
@@ -43,7 +48,9 @@ def quantize_(model: nn.Module, scheme: Scheme | str, filter_fn: Filter | None =
     return _replace(model, replacements)
 
 
-def _quantized(module: nn.Module, fqn: str, scheme: Scheme, filter_fn: Filter | None) -> nn.Module | None:
+def _quantized(
+    module: nn.Module, fqn: str, scheme: Scheme, filter_fn: Filter | None, backend: str | Backend
+) -> nn.Module | None:
     if isinstance(module, nn.Embedding):
         if scheme.embedding is None:
             return None
@@ -58,10 +65,14 @@ def _quantized(module: nn.Module, fqn: str, scheme: Scheme, filter_fn: Filter | 
     if _is_head(fqn):
         if scheme.head is None:
             return None
-        return QuantizedLinear(module, weight=scheme.head, activation=None, rotation=scheme.rotation)
+        return QuantizedLinear(
+            module, weight=scheme.head, activation=None, rotation=scheme.rotation, backend=Backend.AUTO
+        )
     if scheme.is_plain or (filter_fn is not None and not filter_fn(module, fqn)):
         return None
-    return QuantizedLinear(module, weight=scheme.weight, activation=scheme.activation, rotation=scheme.rotation)
+    return QuantizedLinear(
+        module, weight=scheme.weight, activation=scheme.activation, rotation=scheme.rotation, backend=backend
+    )
 
 
 def _check_tied(model: nn.Module, scheme: Scheme) -> None:
@@ -94,10 +105,19 @@ def pack_(model: nn.Module, backend: str | Backend = Backend.AUTO) -> nn.Module:
         except ConfigError as error:
             raise ConfigError(f"{fqn or 'the module'}: {error}") from None
         twin = by_weight.setdefault((id(module.weight), module.weight_quantizer.text), packed)
-        if twin is not packed and twin.codes is not None:
-            packed.codes, packed.step, packed.kept = twin.codes, twin.step, twin.kept
+        if twin is not packed:
+            _share(packed, twin)
         replacements[fqn] = packed
     return _replace(model, replacements)
+
+
+def _share(packed: PackedLinear | PackedEmbedding, twin: PackedLinear | PackedEmbedding) -> None:
+    """Let two layers of one weight hold one copy of its codes."""
+    if twin.packed is None:
+        return
+    packed.packed, packed.step, packed.kept = twin.packed, twin.step, twin.kept
+    if isinstance(packed, PackedLinear):
+        packed.prepare()
 
 
 def _replace(model: nn.Module, replacements: dict[str, nn.Module]) -> nn.Module:

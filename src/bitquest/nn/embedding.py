@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bitquest.errors import ConfigError
 from bitquest.nn.quantizer import WeightQuantizer, keeping_dtype
 from bitquest.numerics.fake_quant import Encoded, dequantize
+from bitquest.numerics.packing import pack, unpack
 from bitquest.numerics.quantizer import Quantizer
 from bitquest.numerics.rotations import Rotation
 from bitquest.ops.registry import rotate_op
@@ -50,9 +51,12 @@ class QuantizedEmbedding(nn.Embedding):
 
 
 class PackedEmbedding(nn.Module):
-    """The trained table as codes: int8 (V, K), centred, and float32 steps (V, 1), (V, groups) or (1, 1)."""
+    """The trained table as codes, int8 (V, K), centred, and float32 steps (V, 1), (V, groups) or (1, 1).
 
-    codes: Tensor
+    The codes are kept as `packed`, uint8 (V, ⌈K·bits/8⌉), which may be given instead.
+    """
+
+    packed: Tensor
     step: Tensor
     kept: Tensor | None
 
@@ -63,7 +67,8 @@ class PackedEmbedding(nn.Module):
         *,
         weight: Quantizer,
         rotation: Rotation,
-        codes: Tensor,
+        codes: Tensor | None = None,
+        packed: Tensor | None = None,
         step: Tensor,
         kept: Tensor | None = None,
     ) -> None:
@@ -71,7 +76,10 @@ class PackedEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.weight_spec = weight
         self.rotation = rotation.resolve(embedding_dim)
-        self.register_buffer("codes", codes)
+        if packed is None:
+            assert codes is not None, "a table has codes, packed or not"
+            packed = pack(codes, weight.bits)
+        self.register_buffer("packed", packed)
         self.register_buffer("step", step)
         self.register_buffer("kept", kept)
 
@@ -90,6 +98,11 @@ class PackedEmbedding(nn.Module):
             kept=encoded.kept,
         )
 
+    @property
+    def codes(self) -> Tensor:
+        """The table's codes, int8 (V, K), unpacked at every look."""
+        return unpack(self.packed, self.weight_spec.bits, self.embedding_dim)
+
     def encode_weight(self) -> Encoded:
         """The stored codes, steps and kept mask."""
         return Encoded(self.codes, self.step, self.kept)
@@ -98,7 +111,8 @@ class PackedEmbedding(nn.Module):
         """ids (…) int64 to float32 rows (…, K) in the model's own space."""
         step = self.step if self.step.shape[0] == 1 else self.step[ids]
         kept = None if self.kept is None else self.kept[ids]
-        rows = dequantize(self.codes[ids], step, self.weight_spec.grid, kept)
+        codes = unpack(self.packed[ids], self.weight_spec.bits, self.embedding_dim, trusted=True)
+        rows = dequantize(codes, step, self.weight_spec.grid, kept)
         return rows if self.rotation.block == 1 else rotate_op(rows, self.rotation.block)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -15,7 +15,9 @@ from bitquest.numerics.fake_quant import Encoded, encode
 from bitquest.numerics.quantizer import Quantizer
 from bitquest.numerics.rotations import Rotation
 from bitquest.numerics.scaling import EPSILON
+from bitquest.ops.engine import bits_to_mask
 from bitquest.ops.registry import fake_quantize_backward_op, fake_quantize_op, quantizer_text, rotate_op
+from bitquest.ops.rows import QuantizedRows
 
 # --- the share of masked gradients ---------------------------------------------------------------------------------
 
@@ -60,6 +62,18 @@ def _record(operand: nn.Module, mask: Tensor, elements: int) -> None:
             share.add(mask, elements)
 
 
+def is_recording() -> bool:
+    """Whether somebody wants to know the share of masked gradients."""
+    return bool(_recording)
+
+
+def record_rows(operand: nn.Module, rows: QuantizedRows, width: int) -> None:
+    """Record rows (T, width) whose mask is bits."""
+    assert rows.mask is not None
+    tokens = next(part for part in (rows.factors, rows.packed) if part is not None).shape[0]
+    _record(operand, bits_to_mask(rows.mask, width) if rows.mask.numel() else rows.mask, tokens * width)
+
+
 # --- one quantization for the layers that read the same tensor -----------------------------------------------------
 
 
@@ -97,8 +111,9 @@ def once_per_input(x: Tensor, reader: nn.Module, key: tuple[Any, ...], compute: 
         _shared.pop(number, None)
 
     result = compute()
-    if isinstance(result, Tensor) and result.requires_grad:
-        result.register_hook(drop)
+    in_graph = getattr(result, "handle", result)
+    if isinstance(in_graph, Tensor) and in_graph.requires_grad:
+        in_graph.register_hook(drop)
     _shared[number] = _Shared(weakref.ref(x, drop), key, result, {id(reader)})
     return result
 
@@ -273,7 +288,7 @@ class WeightQuantizer(_Operand):
             return self._rotated(weight, rotation)
         if self.step is not None or not torch.is_grad_enabled() or not can_be_recognised(weight):
             return self._quantized(weight, rotation)
-        key = (_state(weight), weight.dtype, rotation.block)
+        key = (weight_state(weight), weight.dtype, rotation.block)
         cached = self._cached
         if cached is None or cached.weight() is not weight or cached.key != key:
             with torch.no_grad():
@@ -285,7 +300,7 @@ class WeightQuantizer(_Operand):
         return result
 
 
-def _state(weight: Tensor) -> tuple[int, ...]:
+def weight_state(weight: Tensor) -> tuple[int, ...]:
     """Numbers that differ once the weight does."""
     contents = 0
     if weight.device.type == "cpu":

@@ -1,16 +1,26 @@
-"""Which code runs an operation. Probed once, when a layer is made; never inside forward."""
+"""Which code runs a layer. Probed once, and chosen when a layer is made or moved; never inside forward."""
 
+import os
+from collections.abc import Callable
 from enum import StrEnum
 from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
+import torch
+
 from bitquest.errors import ConfigError
+from bitquest.ops.engine import Engine, TorchEngine
+from bitquest.ops.linear_spec import LinearSpec
 
 
 class Backend(StrEnum):
     """Names a user can ask for. `auto` is the fastest one that is there."""
 
     AUTO = "auto"
+    CUDA = "cuda"
+    TRITON = "triton"
+    NATIVE = "native"
     TORCH = "torch"
 
 
@@ -22,18 +32,64 @@ class BackendReport(NamedTuple):
     reason: str
 
 
+def interpreted() -> bool:
+    """Whether Triton's interpreter stands in for a GPU, on CPU tensors: for tests, and slow."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _devices(backend: Backend) -> tuple[str, ...]:
+    """Types of device whose tensors a backend takes."""
+    match backend:
+        case Backend.NATIVE:
+            return ("cpu",)
+        case Backend.TRITON:
+            return ("cpu",) if interpreted() else ("cuda",)
+        case Backend.CUDA:
+            return ("cuda",)
+    return ()
+
+
+def _triton() -> tuple[bool, str]:
+    if find_spec("triton") is None:
+        return False, "Triton is not installed; PyTorch's CUDA builds for Linux bring it"
+    if interpreted():
+        return True, "Triton's interpreter on the CPU (TRITON_INTERPRET=1): for tests, and slow"
+    if not torch.cuda.is_available():
+        return False, "no CUDA device that PyTorch can use"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < (8, 0):
+        return False, f"the GPU has compute capability {major}.{minor}; the kernels need 8.0 (Ampere) or newer"
+    return True, "fused quantization, int8 and few-bit products in Triton"
+
+
+def _probe(backend: Backend) -> tuple[bool, str]:
+    match backend:
+        case Backend.TRITON:
+            return _triton()
+        case Backend.TORCH:
+            return True, "exact integers through torch's int8 matrix product; runs wherever torch does"
+    return False, "not in this version"
+
+
 @cache
 def backend_report() -> tuple[BackendReport, ...]:
     """Every backend, whether it can be used here, and why or why not. Fastest first."""
-    return (
-        BackendReport("torch", True, "exact integers through torch's int8 matrix product; runs wherever torch does"),
-    )
+    return tuple(BackendReport(b.value, *_probe(b)) for b in Backend if b != Backend.AUTO)
+
+
+_MAKERS: dict[Backend, Callable[[], Engine]] = {Backend.TORCH: TorchEngine}
+
+
+@cache
+def engine(backend: str) -> Engine:
+    """The engine of a backend that is available."""
+    return _MAKERS[Backend(backend)]()
 
 
 def resolve_backend(name: str | Backend) -> Backend:
-    """The backend that `name` stands for here. Raises ConfigError for one that is unknown or not available."""
+    """`name` as a Backend, `auto` included. Raises ConfigError for one that is unknown or not available here."""
     if name == Backend.AUTO:
-        return Backend(next(report.name for report in backend_report() if report.available))
+        return Backend.AUTO
     for report in backend_report():
         if report.name == name:
             if not report.available:
@@ -41,3 +97,34 @@ def resolve_backend(name: str | Backend) -> Backend:
             return Backend(report.name)
     known = ", ".join(["auto", *(report.name for report in backend_report())])
     raise ConfigError(f"unknown backend {str(name)!r}; this version has: {known}")
+
+
+def backend_for(name: Backend, spec: LinearSpec, device: str, training: bool = False) -> Backend:
+    """The backend that runs (or trains) a layer on a type of device.
+
+    `auto` takes the fastest available one that does, and torch where none does. Raises ConfigError, with the reason,
+    for another one that does not.
+    """
+    if name != Backend.AUTO:
+        reason = _unfit(name, spec, device, training)
+        if reason is not None:
+            raise ConfigError(f"backend {name.value!r}: {reason}")
+        return name
+    for report in backend_report():
+        candidate = Backend(report.name)
+        if report.available and _unfit(candidate, spec, device, training) is None and not _only_asked(candidate):
+            return candidate
+    return Backend.TORCH
+
+
+def _only_asked(backend: Backend) -> bool:
+    return backend == Backend.TRITON and interpreted()
+
+
+def _unfit(backend: Backend, spec: LinearSpec, device: str, training: bool) -> str | None:
+    if backend == Backend.TORCH:
+        return None
+    if device not in _devices(backend):
+        return f"it runs on {' and '.join(_devices(backend))} devices, and the layer is on {device}"
+    made = engine(backend)
+    return made.refuses_training(spec) if training else made.refuses(spec)
