@@ -2,6 +2,7 @@
 
 The engine is optional: without a C++17 compiler the package installs all the same and runs on torch alone. It is a
 plain shared library behind a C interface, loaded with ctypes, so one build serves every version of Python.
+BITQUEST_NATIVE=0 leaves it out, BITQUEST_NATIVE=require makes its failure the installation's. CXX names the compiler.
 """
 
 import os
@@ -18,7 +19,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 SOURCES = Path("csrc")
-COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"]
+# No contraction: a product and a sum round twice, as in the definition, unless a kernel asks for a fused one.
+COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]  # the last is wrong about GCC's own AVX-512 header
 AVX512 = "f bw vl dq vnni vpopcntdq vbmi vbmi2 bitalg"
 # Folder of csrc/: the flags its files are compiled with, and the macro that tells dispatch.cpp that they are there.
 INSTRUCTION_SETS = {
@@ -38,9 +41,14 @@ class BuildNative(build_ext):
     """Compiles each folder of csrc/ with its own flags and links one shared library."""
 
     def run(self) -> None:
+        wanted = os.environ.get("BITQUEST_NATIVE", "")
+        if wanted == "0":
+            return
         try:
             super().run()
         except Exception as failure:  # whatever a compiler or the lack of one brings: the package works without
+            if wanted == "require":
+                raise
             print(f"warning: the native CPU engine was not built: {failure}", file=sys.stderr)
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -98,7 +106,7 @@ class BuildNative(build_ext):
         target = Path(self.build_temp) / source.with_suffix(".o")
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists() or target.stat().st_mtime < max(newest, source.stat().st_mtime):
-            self._run([*self._compiler(), *COMMON, *flags, "-pthread", "-c", str(source), "-o", str(target)])
+            self._run([*self._compiler(), *COMMON, *WARNINGS, *flags, "-pthread", "-c", str(source), "-o", str(target)])
         return str(target)
 
 

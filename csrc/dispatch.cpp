@@ -110,16 +110,17 @@ const Kernels *table_for(const bq_weight &weight, int64_t *payload) {
     return nullptr;
 }
 
-const PreparedHeader *header_of(const void *prepared) {
+const PreparedHeader *header_of(const void *prepared, int64_t bytes) {
+    if (prepared == nullptr || reinterpret_cast<uintptr_t>(prepared) % 64 != 0) return nullptr;
+    if (bytes < kPreparedHeaderBytes) return nullptr;
     const auto *header = static_cast<const PreparedHeader *>(prepared);
-    if (header == nullptr || header->magic != kPreparedMagic || !machine_has(static_cast<Isa>(header->isa))) {
-        return nullptr;
-    }
+    if (header->magic != kPreparedMagic || header->bytes != bytes) return nullptr;
+    if (table_of(header->isa) == nullptr || !machine_has(static_cast<Isa>(header->isa))) return nullptr;
     return header;
 }
 
 int32_t check_activation(const bq_weight &w, const bq_activation &x) {
-    if (x.rows < 0) return BQ_BAD_ARGUMENT;
+    if (x.rows < 0 || x.width != w.width) return BQ_BAD_ARGUMENT;
     if (x.rows == 0) return BQ_OK;
     if (w.x_bits == 16) return x.values != nullptr && x.values_stride >= w.width ? BQ_OK : BQ_BAD_ARGUMENT;
     if (x.factors == nullptr && !(w.x_bits == 1 && x.packed != nullptr)) return BQ_BAD_ARGUMENT;
@@ -212,16 +213,17 @@ int32_t bq_rotate_rows(const void *x, int64_t x_stride, int32_t x_dtype, int64_t
 }
 
 int32_t bq_mask_rotate(const void *gradient, int64_t stride, int32_t dtype, const uint8_t *mask, int64_t rows,
-                       int64_t width, int32_t block, void *out, int32_t threads) {
+                       int64_t width, int32_t block, void *out, int32_t out_dtype, int32_t threads) {
     BQ_REQUIRE_ISA();
-    if (rows < 0 || width < 1 || !is_float_dtype(dtype) || !is_block(block, width)) return BQ_BAD_ARGUMENT;
+    if (rows < 0 || width < 1 || !is_float_dtype(dtype) || !is_float_dtype(out_dtype)) return BQ_BAD_ARGUMENT;
+    if (!is_block(block, width)) return BQ_BAD_ARGUMENT;
     if (block > 128) return BQ_UNSUPPORTED;
     if (rows == 0) return BQ_OK;
     if (gradient == nullptr || out == nullptr) return BQ_BAD_ARGUMENT;
     const Kernels *chosen = choice().kernels;
     const Kernels *table = chosen->mask_rotate != nullptr ? chosen : &kPortableKernels;
     return table->mask_rotate(gradient, stride == 0 ? width : stride, dtype, mask, rows, width, block, out,
-                              thread_count(threads));
+                              out_dtype, thread_count(threads));
 }
 
 int32_t bq_dequantize_rows(const uint8_t *packed, int32_t bits, const float *levels, const float *step, int64_t groups,
@@ -276,9 +278,9 @@ int32_t bq_prepare_weight(const bq_weight *weight, void *prepared, int32_t threa
     return done;
 }
 
-int32_t bq_linear(const void *prepared, const bq_activation *x, const bq_output *output) {
+int32_t bq_linear(const void *prepared, int64_t prepared_bytes, const bq_activation *x, const bq_output *output) {
     BQ_REQUIRE_ISA();
-    const PreparedHeader *header = header_of(prepared);
+    const PreparedHeader *header = header_of(prepared, prepared_bytes);
     if (header == nullptr || x == nullptr || output == nullptr) return BQ_BAD_ARGUMENT;
     const bq_weight &w = header->weight;
     bq_activation filled = *x;
@@ -287,7 +289,7 @@ int32_t bq_linear(const void *prepared, const bq_activation *x, const bq_output 
     if (checked != BQ_OK) return checked;
     if (filled.rows == 0 || w.channels == 0) return BQ_OK;
     bq_output to = *output;
-    if (to.out == nullptr || !is_float_dtype(to.dtype)) return BQ_BAD_ARGUMENT;
+    if (to.channels != w.channels || to.out == nullptr || !is_float_dtype(to.dtype)) return BQ_BAD_ARGUMENT;
     if (w.x_bits != 16 && filled.step == nullptr) return BQ_BAD_ARGUMENT;
     if (to.stride == 0) to.stride = w.channels;
     to.threads = thread_count(to.threads);
@@ -295,16 +297,17 @@ int32_t bq_linear(const void *prepared, const bq_activation *x, const bq_output 
     return table_of(header->isa)->linear(w, payload, filled, to);
 }
 
-int32_t bq_product(const void *prepared, const bq_activation *x, int32_t *out, int32_t threads) {
+int32_t bq_product(const void *prepared, int64_t prepared_bytes, const bq_activation *x, int32_t *out,
+                   int64_t channels, int32_t threads) {
     BQ_REQUIRE_ISA();
-    const PreparedHeader *header = header_of(prepared);
+    const PreparedHeader *header = header_of(prepared, prepared_bytes);
     if (header == nullptr || x == nullptr) return BQ_BAD_ARGUMENT;
     const bq_weight &w = header->weight;
     if (w.x_bits == 16) return BQ_UNSUPPORTED;
     const int32_t checked = check_activation(w, *x);
     if (checked != BQ_OK) return checked;
     if (x->rows == 0 || w.channels == 0) return BQ_OK;
-    if (out == nullptr) return BQ_BAD_ARGUMENT;
+    if (out == nullptr || channels != w.channels) return BQ_BAD_ARGUMENT;
     const auto *payload = static_cast<const uint8_t *>(prepared) + kPreparedHeaderBytes;
     return table_of(header->isa)->product(w, payload, *x, out, thread_count(threads));
 }

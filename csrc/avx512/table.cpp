@@ -3,12 +3,14 @@
 
 namespace bq {
 
+using namespace avx512;
+
 extern const Kernels kAvx512Kernels = {
     kAvx512,
     "avx512",
-    nullptr,
-    nullptr,
-    nullptr,
+    quantize_rows,
+    rotate_rows,
+    mask_rotate,
     nullptr,
     nullptr,
     nullptr,

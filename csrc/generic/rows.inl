@@ -260,7 +260,7 @@ int32_t rotate_rows(const void *x, int64_t x_stride, int32_t x_dtype, int64_t ro
 }
 
 int32_t mask_rotate(const void *gradient, int64_t stride, int32_t dtype, const uint8_t *mask, int64_t rows,
-                    int64_t width, int32_t block, void *out, int32_t threads) {
+                    int64_t width, int32_t block, void *out, int32_t out_dtype, int32_t threads) {
     const int64_t mask_bytes = (width + 7) / 8;
     int32_t failed[256] = {};
     auto share = [&](int64_t begin, int64_t end, int thread) {
@@ -277,7 +277,7 @@ int32_t mask_rotate(const void *gradient, int64_t stride, int32_t dtype, const u
                 for (int64_t k = 0; k < width; ++k) row[k] *= static_cast<float>((bits[k / 8] >> (k % 8)) & 1);
             }
             rotate_row(row, width, block);
-            store_row(out, dtype, t * width, width, row);
+            store_row(out, out_dtype, t * width, width, row);
         }
     };
     parallel_for(threads, rows, 1, share);

@@ -111,9 +111,9 @@ BQ_API int32_t bq_rotate_rows(const void *x, int64_t x_stride, int32_t x_dtype, 
                               int32_t block, const bq_prologue *prologue, void *out, int32_t out_dtype,
                               int32_t threads);
 
-/* (gradient * mask) H, in the gradient's dtype; a null mask passes everything. */
+/* (gradient * mask) H; a null mask passes everything. */
 BQ_API int32_t bq_mask_rotate(const void *gradient, int64_t stride, int32_t dtype, const uint8_t *mask, int64_t rows,
-                              int64_t width, int32_t block, void *out, int32_t threads);
+                              int64_t width, int32_t block, void *out, int32_t out_dtype, int32_t threads);
 
 /* Values in rotated space from packed codes: step * level(u). levels: 2^bits floats. step: (T, groups). */
 BQ_API int32_t bq_dequantize_rows(const uint8_t *packed, int32_t bits, const float *levels, const float *step,
@@ -161,6 +161,7 @@ BQ_API int32_t bq_prepare_weight(const bq_weight *weight, void *prepared, int32_
  */
 typedef struct bq_activation {
     int64_t rows;          /* T */
+    int64_t width;         /* K, as the weight's */
     const int8_t *factors; /* (T, K) dense */
     const uint8_t *packed; /* (T, ceil(K * bits / 8)) dense */
     const int32_t *sums;   /* (T, groups) */
@@ -173,6 +174,7 @@ typedef struct bq_activation {
 
 typedef struct bq_output {
     void *out;             /* (T, N) of dtype */
+    int64_t channels;      /* N, as the weight's */
     int64_t stride;
     int32_t dtype;         /* BQ_FLOAT32, BQ_BFLOAT16 or BQ_FLOAT16 */
     int32_t threads;
@@ -180,12 +182,15 @@ typedef struct bq_output {
 } bq_output;
 
 /* x W^T + bias, from one row to many, integer dots exact and scaled once: out = sum over groups of
- * x_step * w_step * unit_x * unit_w * (integer dot of the levels), rounded once to the output's dtype. */
-BQ_API int32_t bq_linear(const void *prepared, const bq_activation *x, const bq_output *output);
+ * x_step * w_step * unit_x * unit_w * (integer dot of the levels), rounded once to the output's dtype.
+ * `prepared_bytes` is the size of the array, so that a weight of another size or library is refused. */
+BQ_API int32_t bq_linear(const void *prepared, int64_t prepared_bytes, const bq_activation *x,
+                         const bq_output *output);
 
-/* The integer dots alone, sum over k of x_a * w_a, for tests: int32 (T, G, N), G the finer number of groups.
- * Refused (BQ_UNSUPPORTED) for float activations. */
-BQ_API int32_t bq_product(const void *prepared, const bq_activation *x, int32_t *out, int32_t threads);
+/* The integer dots alone, sum over k of x_a * w_a, for tests: int32 (T, G, N), G the finer number of groups, `channels`
+ * the N of the array. Refused (BQ_UNSUPPORTED) for float activations. */
+BQ_API int32_t bq_product(const void *prepared, int64_t prepared_bytes, const bq_activation *x, int32_t *out,
+                          int64_t channels, int32_t threads);
 
 #ifdef __cplusplus
 }
