@@ -2,6 +2,7 @@
 
 from bitquest.nn.convert import pack_, quantize_
 from bitquest.nn.embedding import PackedEmbedding, QuantizedEmbedding
+from bitquest.nn.integer_training import weights_held
 from bitquest.nn.linear import QuantizedLinear
 from bitquest.nn.packed_linear import PackedLinear
 from bitquest.nn.quantizer import MaskedShare, record_masked_share
@@ -17,4 +18,5 @@ __all__ = [
     "pack_",
     "quantize_",
     "record_masked_share",
+    "weights_held",
 ]
