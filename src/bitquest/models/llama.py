@@ -95,6 +95,13 @@ class Attention(nn.Module):
         return cast(Tensor, self.o_proj(y_BTD if self.o_norm is None else self.o_norm(y_BTD)))
 
 
+class SwiGLU(nn.Module):
+    """silu(gate) · up: no parameters, a module so that it can be left to the layer behind it (models/fuse.py)."""
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
+
+
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) · up(x)). gate and up read one tensor."""
 
@@ -104,10 +111,11 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(d, hidden, bias=False)
         self.up_proj = nn.Linear(d, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, d, bias=False)
+        self.act = SwiGLU()
         self.down_norm = RMSNorm(hidden, config.rms_norm_eps) if config.norm_before_down_proj else None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        hidden = F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)
+        hidden = self.act(self.gate_proj(x_BTD), self.up_proj(x_BTD))
         return cast(Tensor, self.down_proj(hidden if self.down_norm is None else self.down_norm(hidden)))
 
 

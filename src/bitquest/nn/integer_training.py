@@ -32,7 +32,7 @@ from bitquest.ops.engine_ops import (
 )
 from bitquest.ops.linear_spec import LinearSpec
 from bitquest.ops.registry import grid_text, quantizer_text
-from bitquest.ops.rows import Prologue, QuantizedRows, RMSNorm, SwiGLU
+from bitquest.ops.rows import Prologue, QuantizedRows, RMSNorm, SwiGLU, flattened
 
 
 class TrainingPlan:
@@ -115,16 +115,13 @@ class _Handle(torch.autograd.Function):
 def quantize_input(plan: _OperandPlan, x: Tensor, dtype: torch.dtype, prologue: Prologue | None = None) -> InputRows:
     """Rows of x (…, K), and their handle (T, K) in the dtype that gradients arrive in."""
     x_TK = x.reshape(-1, x.shape[-1])
-    norm_weight = up = None
-    eps, detached = 0.0, prologue
+    norm_weight, eps, up = None, 0.0, None
     if isinstance(prologue, RMSNorm):
-        norm_weight, eps = prologue.weight, prologue.eps
-        detached = RMSNorm(norm_weight.detach(), eps)
+        norm_weight, eps = prologue
     elif isinstance(prologue, SwiGLU):
         up = prologue.up.reshape(-1, x.shape[-1])
-        detached = SwiGLU(up.detach())
     with torch.no_grad():
-        rows = plan.quantize(x_TK.detach(), detached)
+        rows = plan.quantize(x_TK.detach(), flattened(prologue))
     assert rows.mask is not None
     handle: Tensor = _Handle.apply(x_TK, norm_weight, up, rows.mask, eps, plan.block, dtype, plan.backend)
     return InputRows(handle, rows)

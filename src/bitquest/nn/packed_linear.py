@@ -21,7 +21,7 @@ from bitquest.ops.backend import Backend, backend_for, engine, resolve_backend
 from bitquest.ops.engine_ops import packed_linear, quantize_rows, rotate_rows
 from bitquest.ops.linear_spec import LinearSpec
 from bitquest.ops.registry import quantizer_text
-from bitquest.ops.rows import PackedWeight, Prologue, QuantizedRows
+from bitquest.ops.rows import PackedWeight, Prologue, QuantizedRows, flattened
 
 
 class _Prepared(NamedTuple):
@@ -164,7 +164,7 @@ class PackedLinear(nn.Module):
         return y.reshape(*x_TK.shape[:-1], self.out_features)
 
     def _rows(self, x: Tensor, prologue: Prologue | None, ready: _Prepared) -> QuantizedRows | Tensor:
-        flat = x.detach().reshape(-1, self.in_features)
+        flat, prologue = x.detach().reshape(-1, self.in_features), flattened(prologue)
         if self.activation_spec is None:
             return rotate_rows(flat, self.rotation.block, ready.backend.value, prologue)
         return self._quantized(flat, prologue, ready.input_parts, ready.backend)

@@ -17,7 +17,7 @@ from bitquest.numerics.packing import pack, unpack
 from bitquest.numerics.quantizer import Quantizer
 from bitquest.numerics.rotations import rotation_from_block
 from bitquest.ops.linear_spec import LinearSpec
-from bitquest.ops.rows import PackedWeight, Prologue, QuantizedRows, RMSNorm, SwiGLU, apply_prologue
+from bitquest.ops.rows import PackedWeight, Prologue, QuantizedRows, apply_prologue, prologue_gradients
 
 Parts = tuple[Tensor, ...]
 
@@ -188,12 +188,7 @@ class TorchEngine:
         self, gradient: Tensor, mask: Tensor, x: Tensor, prologue: Prologue, block: int
     ) -> tuple[Tensor, Tensor]:
         inner = self.mask_rotate(gradient, mask, block, torch.float32)
-        other = prologue.weight if isinstance(prologue, RMSNorm) else prologue.up
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in (x, other)]
-            again = RMSNorm(leaves[1], prologue.eps) if isinstance(prologue, RMSNorm) else SwiGLU(leaves[1])
-            d_x, d_other = torch.autograd.grad(apply_prologue(leaves[0], again), leaves, inner)
-        return d_x, d_other
+        return prologue_gradients(inner, x, prologue)
 
 
 def mask_bits(mask: Tensor) -> Tensor:

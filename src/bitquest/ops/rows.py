@@ -39,6 +39,13 @@ class SwiGLU(NamedTuple):
 Prologue = RMSNorm | SwiGLU
 
 
+def flattened(prologue: Prologue | None) -> Prologue | None:
+    """The prologue of rows (T, K), where the input was (…, K); cut from the graph."""
+    if isinstance(prologue, RMSNorm):
+        return RMSNorm(prologue.weight.detach(), prologue.eps)
+    return None if prologue is None else SwiGLU(prologue.up.detach().reshape(-1, prologue.up.shape[-1]))
+
+
 def apply_prologue(x: Tensor, prologue: Prologue | None) -> Tensor:
     """What the rows are before they are rotated: x itself, or its norm or gated product in float32."""
     if prologue is None:
@@ -46,6 +53,22 @@ def apply_prologue(x: Tensor, prologue: Prologue | None) -> Tensor:
     if isinstance(prologue, RMSNorm):
         return F.rms_norm(x.float(), (x.shape[-1],), prologue.weight.float(), prologue.eps)
     return F.silu(x.float()) * prologue.up.float()
+
+
+def prologue_gradients(gradient: Tensor, x: Tensor, prologue: Prologue) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the prologue's other operand, in their dtypes, from that of the rows (T, K) float32.
+
+    Written out, since operators run below autograd.
+    """
+    x_32 = x.float()
+    if isinstance(prologue, RMSNorm):
+        inverse = torch.rsqrt(x_32.square().mean(-1, keepdim=True) + prologue.eps)
+        normed, inner = x_32 * inverse, gradient * prologue.weight.float()
+        d_x = inverse * (inner - normed * (inner * normed).mean(-1, keepdim=True))
+        return d_x.to(x.dtype), (gradient * normed).sum(0).to(prologue.weight.dtype)
+    gate = torch.sigmoid(x_32)
+    d_x = gradient * prologue.up.float() * gate * (1 + x_32 * (1 - gate))
+    return d_x.to(x.dtype), (gradient * x_32 * gate).to(prologue.up.dtype)
 
 
 @dataclass(frozen=True)
