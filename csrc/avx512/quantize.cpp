@@ -153,7 +153,7 @@ inline Coded encode(const Plan &plan, const float *x, const Steps &steps, bool m
 
 // 64 codes of b bits to 8b bytes at the front of a register: pairs, fours, eights, then the bytes pushed together.
 inline __m512i pack(const Plan &plan, __m512i u) {
-    const __m512i pairs = _mm512_maddubs_epi16(u, plan.first_weights);
+    const __m512i pairs = _mm512_maddubs_epi16(plan.first_weights, u);  // the weights unsigned: 2^7 is one
     const __m512i fours = _mm512_madd_epi16(pairs, plan.second_weights);
     const __m512i low = _mm512_and_si512(fours, _mm512_set1_epi64(0xffffffff));
     const __m512i high = _mm512_sll_epi64(_mm512_srli_epi64(fours, 32), plan.half_shift);
@@ -303,9 +303,10 @@ void encode_row(const Plan &plan, int64_t t, const float *row, const float *step
         if (r.sums == nullptr) return;
         total = _mm512_dpbusd_epi32(total, ones, a);
         const int64_t end = k + kCodes;
-        if (q.group >= kCodes && end % q.group != 0 && end < width) return;
+        const bool long_groups = one_step || q.group >= kCodes;
+        if (long_groups && end % q.group != 0 && end < width) return;
         int32_t *sums = r.sums + t * plan.groups;
-        if (q.group >= kCodes) {
+        if (long_groups) {
             sums[k / q.group] = _mm512_reduce_add_epi32(total);
         } else {
             const int lanes = static_cast<int>(q.group / 4);
