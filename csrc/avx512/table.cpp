@@ -12,10 +12,10 @@ extern const Kernels kAvx512Kernels = {
     rotate_rows,
     mask_rotate,
     nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
+    payload_bytes,
+    prepare,
+    linear,
+    product,
 };
 
 }  // namespace bq

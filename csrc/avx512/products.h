@@ -1,0 +1,89 @@
+// One product in AVX-512: what its parts share. Kernels leave exact integers D in tiles of tokens x channels; `Finish`
+// turns them into outputs. See layout.h for the weight's layout.
+//
+// The floors, counted on one core of an EPYC 9005 (Zen 5) at 4.2 GHz, whose rates were measured with loops of their own:
+// vpdpbusd 2 a cycle (500 GMAC/s), vpopcntd 2, simple integer operations 4, 64-byte loads 2; read bandwidth of one core
+// 255 GB/s from 1 MB of level 2, 120 from level 3, 45 from memory; of two, 150-190 from level 3, 60 from memory.
+#pragma once
+
+#include <immintrin.h>
+
+#include "../layout.h"
+#include "kernels_avx512.h"
+
+namespace bq::avx512 {
+
+constexpr int kLanes = 16;  // 32-bit lanes of a vector: channels of a tile
+
+// L = multiplier * D + a_factor * (sum of the token's factors) + v_factor * (sum of the channel's v) + constant, the
+// dot of one scale group in the levels' integers (or, for bq_product, in the factors).
+struct Correction {
+    int32_t multiplier;
+    int32_t a_factor;
+    int32_t v_factor;
+    int32_t constant;
+};
+
+struct Plan {
+    ProductLayout layout;
+    const uint8_t *words;
+    const int32_t *sums;     // of v, or null
+    const float *steps;
+    int64_t rows;            // tokens, T
+    int64_t channels;        // N
+    int64_t width;           // K
+    int64_t groups;          // G, the finer of the two groupings
+    int64_t size;            // elements of such a group
+    int64_t blocks;          // blocks of 32 in it
+    Correction correct;
+    bool wide;               // L may exceed 31 bits: 64-bit arithmetic, by `form_x` and `form_w`
+    bq_form form_x;
+    bq_form form_w;
+    const int32_t *a_sums;   // (T, G) sums of the factors
+    const float *x_step;     // (T, x_groups)
+    int64_t x_groups;
+    float unit;
+    int32_t digits;          // 3: rows are the digits of a float activation, 3 to a token; else 1
+    int32_t *integers;       // bq_product: (T, G, N); then `output` is not used
+    bq_output output;
+};
+
+// Tokens are worked on in tiles of `full` rows and one of `rest_height` >= rest_rows (0: none), padded with zeros.
+struct Tiling {
+    int64_t rows;
+    int64_t full;
+    int64_t full_tiles;
+    int64_t rest_rows;
+    int64_t rest_height;
+
+    int64_t tiles() const { return full_tiles + (rest_height != 0 ? 1 : 0); }
+    int64_t height(int64_t tile) const { return tile < full_tiles ? full : rest_height; }
+    int64_t count(int64_t tile) const { return tile < full_tiles ? full : rest_rows; }
+    int64_t padded() const { return full_tiles * full + rest_height; }
+};
+
+Tiling tiling_of(int64_t rows, int64_t full);
+
+// products_pack.cpp: activations as the kernels read them, word[token tile][group][block][…][row of the tile].
+// Bytes: 8 words of four int8 in a block, in the order of the weight's quads. Planes: one word of bits per plane.
+void pack_bytes(const Plan &plan, const int8_t *factors, const Tiling &tiling, int32_t *words, int32_t *sums,
+                int threads);
+void pack_planes(const Plan &plan, const bq_activation &x, int32_t planes, const Tiling &tiling, int32_t *words,
+                 int threads);
+void expand_bits(const uint8_t *packed, int64_t rows, int64_t width, int8_t *factors);
+// Float rows as three int8 digits each: x = step * (d0 + 256 d1 + 65536 d2), |rounding| <= step / 2,
+// step = max|x| / 8355000; NaN where a value is not finite.
+void split_floats(const bq_activation &x, int64_t width, int8_t *digits, float *steps, int threads);
+
+// products_bytes.cpp, products_planes.cpp: everything but the packing of x.
+int32_t run_bytes(const Plan &plan, const Tiling &tiling, const int32_t *x_words, int threads);
+int32_t run_planes(const Plan &plan, const Tiling &tiling, const int32_t *x_words, int x_planes, int threads);
+Tiling bytes_tiling(int64_t rows);
+Tiling planes_tiling(int64_t rows, int w_planes, int x_planes);
+
+// products_finish.cpp: D of one scale group, int32[height][tiles of channels][16], for `count` tokens from t0 and
+// `tiles` tiles of channels from `tile`. totals: float32 of the same shape, kept by the caller from group to group.
+void finish(const Plan &plan, const int32_t *d, float *totals, int64_t t0, int64_t count, int64_t tile, int64_t tiles,
+            int64_t group);
+
+}  // namespace bq::avx512
