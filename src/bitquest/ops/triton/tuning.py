@@ -1,7 +1,7 @@
 """Which block sizes a kernel runs with: measured once per shape on the GPU at hand, kept in memory and in a file.
 
 A launcher lists candidates, the first of which is the rule-based default, and asks `best_config`. The first call for a
-shape measures them (CUDA events, the L2 flushed between launches, the median of a few, a few seconds in all); later
+shape measures them (CUDA events, the L2 flushed between launches, the median of a few, ten seconds in all); later
 calls look the answer up. Nothing is measured while a CUDA graph is captured, under Triton's interpreter, without a
 GPU, or where the environment says BITQUEST_TUNE=0: the default runs then. This stands outside the jitted functions
 because `@triton.autotune` needs a driver even under the interpreter.
@@ -32,7 +32,7 @@ from bitquest.files import write_text_atomic
 Key = tuple[int | str | bool, ...]
 
 _FORMAT = "bitquest-tuning-1"
-_SECONDS_PER_SHAPE = 5.0  # after that the best so far is taken
+_SECONDS_PER_SHAPE = 10.0  # compiling included; after that the best so far is taken
 _LAUNCHES = 7
 _FLUSH_BYTES = 256 * 2**20  # more than any L2, so that weights come from memory as they do in a model
 
@@ -146,8 +146,7 @@ def _median_ms(launch: Callable[[], object]) -> float:
 
 
 def _cache_file(gpu: str) -> Path:
-    folder = os.environ.get("BITQUEST_CACHE")
-    place = Path(folder).expanduser() if folder else Path.home() / ".cache" / "bitquest"
+    place = Path(os.path.expanduser(os.environ.get("BITQUEST_CACHE") or "~/.cache/bitquest"))
     plain = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     return place / f"tuning-{plain}-{triton.__version__}.json"
 
@@ -178,7 +177,7 @@ def _entries(path: Path, gpu: str) -> dict[tuple[str, str, str], Config]:
             for kernel, made_by_key in content["kernels"].items()
             for key, made in made_by_key.items()
         }
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         _warn_once(
