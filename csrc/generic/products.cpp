@@ -74,6 +74,7 @@ int32_t payload_bytes(const bq_weight &weight, int64_t *bytes) {
 
 int32_t prepare(const bq_weight &w, uint8_t *payload, int32_t threads) {
     const Layout layout(w);
+    std::memset(payload, 0, static_cast<size_t>(layout.bytes));  // the gaps too: equal weights are equal bytes
     auto *steps = reinterpret_cast<float *>(payload + layout.steps);
     auto *sums = reinterpret_cast<int64_t *>(payload + layout.sums);
     const int64_t group = w.width / w.groups;
