@@ -31,7 +31,9 @@ def test_the_object(bitquest, run_dir, packed):
 def test_a_changed_model_fails_loudly(bitquest, run_dir, packed, tmp_path):
     model = load(packed)
     layer = model.model.layers[0].mlp.down_proj
-    layer.codes[1, 2] = -1 - layer.codes[1, 2]
+    codes = layer.codes
+    codes[1, 2] = -1 - codes[1, 2]
+    layer.codes = codes
     save(model, tmp_path / "changed", read_tokenizer(packed), {"step": 8})
     result, said = bitquest("verify", run_dir, tmp_path / "changed", *FAST, "--json", code=1)
     assert not result["passed"]

@@ -11,7 +11,8 @@ from bitquest.evaluation.verify_lockstep import Lockstep, Root, threshold_distan
 from bitquest.evaluation.verify_static import trained_layers
 from bitquest.export import load
 from bitquest.nn import PackedLinear
-from bitquest.numerics.fake_quant import Encoded
+from bitquest.numerics.packing import pack, unpack
+from bitquest.ops.rows import QuantizedRows
 from bitquest.training import load_run
 
 SMALL = {"tokens": 200, "texts": 2, "new_tokens": 8}
@@ -25,18 +26,24 @@ def failed(report):
 @pytest.fixture
 def rounding_backend(monkeypatch):
     """rounding_backend(reach): 1-bit codes of values nearer than reach·Δ to zero come out the other way."""
-    right = PackedLinear.encode_input
+    right = PackedLinear._quantized
 
     def install(reach):
-        def encode(self, x):
-            made = right(self, x)
+        def quantized(self, x, *how):
+            made = right(self, x, *how)
             near = (self.rotation.apply(x) / made.step).abs() < reach
-            return Encoded(torch.where(near, -1 - made.codes, made.codes), made.step, None)
+            return flipped(made, near)
 
-        monkeypatch.setattr(PackedLinear, "encode_input", encode)
-        monkeypatch.setattr(PackedLinear, "_encoded", lambda self, x: encode(self, x)[:2])
+        monkeypatch.setattr(PackedLinear, "_quantized", quantized)
 
     return install
+
+
+def flipped(rows, where):
+    """1-bit rows whose codes are the other ones where asked."""
+    codes = unpack(rows.packed, 1, where.shape[-1]) if rows.packed is not None else rows.factors // 2
+    codes = torch.where(where, -1 - codes, codes)
+    return QuantizedRows(codes * 2 + 1, pack(codes, 1), rows.step, None, None)
 
 
 def test_flips_at_the_threshold_are_counted_and_pass(w1a1, rounding_backend):
@@ -88,15 +95,14 @@ def test_effects_of_a_flip_are_no_roots(w1a1, monkeypatch):
     first = "model.layers.0.self_attn.o_proj"
     run, packed = load_run(w1a1 / "run"), load(w1a1 / "packed")
     layer = packed.get_submodule(first)
-    right = layer.encode_input
+    right = layer._quantized
 
-    def encode(x):
-        made = right(x)
-        codes = made.codes.clone()
-        codes[0, 7, 3:] = -1 - codes[0, 7, 3:]
-        return Encoded(codes, made.step, None)
+    def quantized(x, *how):
+        where = torch.zeros(x.shape, dtype=torch.bool)
+        where[7, 3:] = True
+        return flipped(right(x, *how), where)
 
-    layer.encode_input, layer._encoded = encode, lambda x: encode(x)[:2]
+    layer._quantized = quantized
     lockstep = Lockstep(run.model, packed)
     lockstep.run(torch.arange(60, 90).reshape(1, 30))
     assert [(root.layer, root.token, root.channel) for root in lockstep.roots] == [(first, 7, 3)]

@@ -10,6 +10,7 @@ import torch
 from bitquest.errors import CheckpointError, ConfigError, DataError
 from bitquest.inference.kv_cache import KVCache
 from bitquest.inference.sampling import SamplingOptions, choose
+from bitquest.inference.static_decode import StaticDecoder
 from bitquest.models import Llama, Tokenizer, load_hf
 
 
@@ -57,10 +58,14 @@ def generate(
     generator = torch.Generator().manual_seed(options.seed)
     budget = min(max_new_tokens, context - len(prompt_ids) + 1)  # the last token needs no position: nothing follows it
     cache = KVCache(model.config, positions=len(prompt_ids) + budget - 1, device=device)
-    fresh, started = torch.tensor([prompt_ids], device=device), time.perf_counter()
+    decoder = StaticDecoder(model, cache) if device.type == "cuda" else None
+    token, fresh, started = -1, torch.tensor([prompt_ids], device=device), time.perf_counter()
     for number in range(budget):
-        with torch.no_grad():
-            logits_V = model(fresh, cache)[0, -1]
+        if number == 0 or decoder is None:
+            with torch.no_grad():
+                logits_V = model(fresh, cache)[0, -1]
+        else:
+            logits_V = decoder.step(token)
         token = choose(logits_V, options, generator)
         now = time.perf_counter()
         if number == 0:
@@ -71,7 +76,9 @@ def generate(
             speed.stopped = "the end of the document"
             return
         yield token
-        fresh, started = torch.tensor([[token]], device=device), time.perf_counter()
+        started = time.perf_counter()
+        if decoder is None:
+            fresh = torch.tensor([[token]], device=device)
     speed.stopped = "the number of tokens asked for" if budget == max_new_tokens else f"the context of {context} tokens"
 
 

@@ -21,6 +21,13 @@ class Cache(Protocol):
     """What a key-value cache offers the model; inference/kv_cache.py has one."""
 
     length: int
+    mask_TS: Tensor | None
+
+    def begin(self, tokens: int) -> None:
+        """Prepare for new tokens: `mask_TS` says which positions each of them may see; None: all."""
+
+    def rows(self, table: Tensor, tokens: int) -> Tensor:
+        """The rows of a table of positions that belong to the new tokens."""
 
     def append(self, layer: int, k_BHTC: Tensor, v_BHTC: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new keys and values of a layer; all of them so far come back."""
@@ -88,9 +95,8 @@ class Attention(nn.Module):
             y_BHTC = F.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTC, is_causal=True, enable_gqa=grouped)
         else:
             k_BHTC, v_BHTC = cache.append(self.layer, k_BHTC, v_BHTC)
-            seen = k_BHTC.shape[2]
-            mask = None if t == 1 else torch.ones(t, seen, dtype=torch.bool, device=q_BHTC.device).tril(seen - t)
-            y_BHTC = F.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTC, attn_mask=mask, enable_gqa=grouped)
+            mask_TS = cache.mask_TS
+            y_BHTC = F.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTC, attn_mask=mask_TS, enable_gqa=grouped)
         y_BTD = y_BHTC.transpose(1, 2).reshape(b, t, self.h * self.c)
         return cast(Tensor, self.o_proj(y_BTD if self.o_norm is None else self.o_norm(y_BTD)))
 
@@ -189,7 +195,11 @@ class Llama(nn.Module):
                 "shorten the text"
             )
         decoder = self.model
-        cos_TC, sin_TC = decoder.cos[start : start + t], decoder.sin[start : start + t]
+        if cache is None:
+            cos_TC, sin_TC = decoder.cos[:t], decoder.sin[:t]
+        else:
+            cache.begin(t)
+            cos_TC, sin_TC = cache.rows(decoder.cos, t), cache.rows(decoder.sin, t)
         x_BTD = decoder.embed_tokens(tokens_BT)
         for block in decoder.layers:
             if self.activation_checkpointing and self.training and torch.is_grad_enabled():

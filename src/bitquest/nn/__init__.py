@@ -3,7 +3,7 @@
 from bitquest.nn.convert import pack_, quantize_
 from bitquest.nn.embedding import PackedEmbedding, QuantizedEmbedding
 from bitquest.nn.integer_training import weights_held
-from bitquest.nn.linear import QuantizedLinear
+from bitquest.nn.linear import QuantizedLinear, training_backends
 from bitquest.nn.packed_linear import PackedLinear
 from bitquest.nn.quantizer import MaskedShare, record_masked_share
 from bitquest.nn.scheme import Scheme
@@ -18,5 +18,6 @@ __all__ = [
     "pack_",
     "quantize_",
     "record_masked_share",
+    "training_backends",
     "weights_held",
 ]

@@ -24,7 +24,7 @@ from bitquest.nn.quantizer import (
 from bitquest.numerics.fake_quant import Encoded
 from bitquest.numerics.quantizer import Quantizer
 from bitquest.numerics.rotations import Rotation
-from bitquest.ops.backend import Backend, backend_for, resolve_backend
+from bitquest.ops.backend import Backend, WrongDeviceError, backend_for, resolve_backend
 from bitquest.ops.linear_spec import LinearSpec
 
 
@@ -36,6 +36,8 @@ class QuantizedLinear(nn.Linear):
     (integer_training.py) the products run on codes; `torch` multiplies the fake-quantized floats. ConfigError if K fits
     no rotation, group or pattern, or the backend cannot train such a layer.
     """
+
+    _misplaced: str | None
 
     def __init__(
         self,
@@ -65,16 +67,22 @@ class QuantizedLinear(nn.Linear):
         """How to train on integers on this device, None for fake quantization."""
         weight, activation = self.weight_quantizer.spec, self.activation_quantizer.spec
         spec = LinearSpec(self.in_features, self.out_features, weight, activation, self.rotation.block)
-        device = self.weight.device.type
+        device, self._misplaced = self.weight.device.type, None
         if device == "meta":
             return None
-        chosen = backend_for(self.backend, spec, device, training=True)
+        try:
+            chosen = backend_for(self.backend, spec, device, training=True)
+        except WrongDeviceError as error:  # it may yet be moved; until then forward says so
+            self._misplaced = str(error)
+            return None
         return None if chosen == Backend.TORCH else TrainingPlan(spec, chosen)
 
     def forward(self, x_TK: Tensor | PendingInput) -> Tensor:
         """x (…, K) of any float dtype to (…, N); under autocast the product runs in autocast's dtype."""
         if self._plan is not None:
             return self._on_integers(x_TK, self._plan)
+        if self._misplaced is not None:
+            raise WrongDeviceError(self._misplaced)
         xq_TK = self.activation_quantizer(as_tensor(x_TK), self.rotation)
         wq_NK = self.weight_quantizer(self.weight, self.rotation)
         return F.linear(xq_TK, wq_NK, self.bias)
@@ -96,6 +104,11 @@ class QuantizedLinear(nn.Linear):
             record_rows(self.weight_quantizer, w, self.in_features)
         y = multiply(plan, made, self.weight, w, self.bias, dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    @property
+    def training_backend(self) -> Backend:
+        """Whose products train this layer: a backend that works on integers, or torch for fake-quantized floats."""
+        return Backend.TORCH if self._plan is None else Backend(self._plan.backend)
 
     def hold_weight(self) -> None:
         """Quantize the weight now, for every forward pass until `release_weight` (see `weights_held`)."""
@@ -127,3 +140,9 @@ class QuantizedLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_weight_rows": WeightRows()}  # copies of the module start without a cache
+
+
+def training_backends(model: nn.Module) -> str:
+    """The names of the backends that train a model's quantized layers, "torch" where it has none."""
+    names = {layer.training_backend.value for layer in model.modules() if isinstance(layer, QuantizedLinear)}
+    return ", ".join(sorted(names)) or Backend.TORCH.value

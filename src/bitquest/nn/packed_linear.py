@@ -4,6 +4,7 @@ T tokens, K in_features, N out_features.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple, Self
 
 import torch
@@ -17,7 +18,7 @@ from bitquest.numerics.fake_quant import Encoded
 from bitquest.numerics.packing import pack, unpack
 from bitquest.numerics.quantizer import Quantizer
 from bitquest.numerics.rotations import Rotation
-from bitquest.ops.backend import Backend, backend_for, engine, resolve_backend
+from bitquest.ops.backend import Backend, WrongDeviceError, backend_for, engine, resolve_backend
 from bitquest.ops.engine_ops import packed_linear, quantize_rows, rotate_rows
 from bitquest.ops.linear_spec import LinearSpec
 from bitquest.ops.registry import quantizer_text
@@ -177,7 +178,8 @@ class PackedLinear(nn.Module):
     def prepare(self) -> None:
         """Lay the weight out for the backend of the device it is on; done when the layer is made, loaded and moved."""
         if self._weight_device() != "meta":
-            self._ready()
+            with suppress(WrongDeviceError):  # it may yet be moved; until then forward says so
+                self._ready()
 
     def _weight_device(self) -> str:
         held = self.packed if self.packed is not None else self.float_weight

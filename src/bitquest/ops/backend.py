@@ -14,6 +14,10 @@ from bitquest.ops.engine import Engine, TorchEngine
 from bitquest.ops.linear_spec import LinearSpec
 
 
+class WrongDeviceError(ConfigError):
+    """A backend was asked for by name, and the layer is not on one of its devices (yet)."""
+
+
 class Backend(StrEnum):
     """Names a user can ask for. `auto` is the fastest one that is there."""
 
@@ -105,14 +109,22 @@ def backend_for(name: Backend, spec: LinearSpec, device: str, training: bool = F
     `auto` takes the fastest available one that does, and torch where none does. Raises ConfigError, with the reason,
     for another one that does not.
     """
-    if name != Backend.AUTO:
-        reason = _unfit(name, spec, device, training)
+    if name not in (Backend.AUTO, Backend.TORCH):
+        if device not in _devices(name):
+            takes = " or ".join(_devices(name))
+            raise WrongDeviceError(
+                f"backend {name.value!r} runs on {takes}, and the layer is on {device}: move it there"
+            )
+        reason = _refused(name, spec, training)
         if reason is not None:
             raise ConfigError(f"backend {name.value!r}: {reason}")
+    if name != Backend.AUTO:
         return name
     for report in backend_report():
         candidate = Backend(report.name)
-        if report.available and _unfit(candidate, spec, device, training) is None and not _only_asked(candidate):
+        if candidate == Backend.TORCH or not report.available or _only_asked(candidate):
+            continue
+        if device in _devices(candidate) and _refused(candidate, spec, training) is None:
             return candidate
     return Backend.TORCH
 
@@ -121,10 +133,6 @@ def _only_asked(backend: Backend) -> bool:
     return backend == Backend.TRITON and interpreted()
 
 
-def _unfit(backend: Backend, spec: LinearSpec, device: str, training: bool) -> str | None:
-    if backend == Backend.TORCH:
-        return None
-    if device not in _devices(backend):
-        return f"it runs on {' and '.join(_devices(backend))} devices, and the layer is on {device}"
-    made = engine(backend)
+def _refused(backend: Backend, spec: LinearSpec, training: bool) -> str | None:
+    made = engine(backend.value)
     return made.refuses_training(spec) if training else made.refuses(spec)

@@ -21,12 +21,12 @@ def new_model(config: TrainConfig, tokens: Tokens) -> Llama:
     else:
         model = Llama(config.model.llama_config(tokens.vocab_size, config.data.context))
         model.init_weights(config.seed)
-    return _quantized(model, config)
+    return _quantized(model, config, config.train.backend)
 
 
-def _quantized(model: Llama, config: TrainConfig) -> Llama:
+def _quantized(model: Llama, config: TrainConfig, backend: str) -> Llama:
     try:
-        quantize_(model, Scheme.parse(config.scheme))
+        quantize_(model, Scheme.parse(config.scheme), backend=backend)
     except ConfigError as error:
         raise ConfigError(
             f"scheme = {config.scheme!r} does not fit the model: {error} "
@@ -64,13 +64,16 @@ def _same_tokenizer(folder: Path, tokens: Tokens) -> bool:
     return bool(Tokenizer.from_file(folder).sha256 == tokens.tokenizer().sha256)
 
 
-def restored_model(config: TrainConfig, checkpoint: Checkpoint, where: str) -> Llama:
-    """The model of a checkpoint, on the CPU. Raises CheckpointError if its weights do not fit its description."""
+def restored_model(config: TrainConfig, checkpoint: Checkpoint, where: str, backend: str = "torch") -> Llama:
+    """The model of a checkpoint, on the CPU, by default as the definition has it: on fake-quantized floats.
+
+    Raises CheckpointError if its weights do not fit its description.
+    """
     try:
         model = Llama(LlamaConfig.from_json(_entry(checkpoint, "model", where)))
     except ConfigError as error:
         raise CheckpointError(f"{where}: the model's shape in state.json is wrong: {error}") from None
-    model = _quantized(model, config)
+    model = _quantized(model, config, backend)
     load_named(model.state_dict(), checkpoint.model, where)
     return model
 

@@ -13,6 +13,7 @@ from typing import Any
 from bitquest.errors import ConfigError
 from bitquest.models import PRESETS, LlamaConfig
 from bitquest.nn import Scheme
+from bitquest.ops import Backend
 from bitquest.training.settings import SettingError, check_settings, convert, nearest, setting
 from bitquest.training.toml import parse_value, read_toml, write_toml
 
@@ -121,7 +122,8 @@ class ScheduleSection:
 class TrainSection:
     """[train]: steps of batch_size sequences each, computed in `accumulation` equal parts to save memory.
 
-    precision auto is bf16 autocast on a GPU that has it, float32 elsewhere; threads 0 leaves PyTorch's choice.
+    precision auto is bf16 autocast on a GPU that has it, float32 elsewhere; threads 0 leaves PyTorch's choice. backend
+    auto trains on integers where a fast engine is there (bitquest doctor); torch multiplies fake-quantized floats.
     """
 
     steps: int = setting(1000, at_least=1)
@@ -131,6 +133,7 @@ class TrainSection:
     device: str = setting("auto", choices=("auto", "cpu", "cuda"))
     compile: bool = False
     activation_checkpointing: bool = False
+    backend: str = setting("auto", choices=tuple(backend.value for backend in Backend))
     threads: int = setting(0, at_least=0, at_most=1024)
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitquest.errors import ConfigError
-from bitquest.nn import record_masked_share
+from bitquest.nn import record_masked_share, weights_held
 from bitquest.training.config import TrainSection
 
 LossOf = Callable[[nn.Module, Tensor], Tensor]
@@ -104,11 +104,12 @@ class Stepper:
 
     def _gradients(self, windows_BT1: Tensor) -> Tensor:
         total = torch.zeros((), device=self.device)
-        for part_BT1 in windows_BT1.chunk(self.accumulation):
-            with autocast(self.device, self.precision):
-                loss = self._loss_of(self.model, part_BT1)
-            torch.autograd.backward(loss / self.accumulation)
-            total += loss.detach()
+        with weights_held(self.model):
+            for part_BT1 in windows_BT1.chunk(self.accumulation):
+                with autocast(self.device, self.precision):
+                    loss = self._loss_of(self.model, part_BT1)
+                torch.autograd.backward(loss / self.accumulation)
+                total += loss.detach()
         return total / self.accumulation
 
     @torch.no_grad()

@@ -18,6 +18,8 @@ import torch
 from bitquest.errors import CheckpointError, ConfigError, DataError, UserError
 from bitquest.files import sha256
 from bitquest.models import Llama
+from bitquest.models.fuse import fuse_
+from bitquest.nn import training_backends
 from bitquest.training.build import checkpoint_config, new_model, restored_model
 from bitquest.training.checkpoint import (
     OPTIMIZER,
@@ -195,8 +197,12 @@ class _Session:
             model = new_model(config, self.tokens)
         else:
             self._check_data(checkpoint)
-            model = restored_model(checkpoint_config(checkpoint, where), checkpoint, where)
+            trained = checkpoint_config(checkpoint, where)
+            model = restored_model(trained, checkpoint, where, config.train.backend)
         self.model: Llama = model.to(self.device).train()
+        self.environment["engine"] = training_backends(self.model)
+        if self.environment["engine"] != "torch":
+            fuse_(self.model)
         self.model.activation_checkpointing = config.train.activation_checkpointing
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.stepper = Stepper(self.model, self.optimizer, config.train, config.optimizer.clip, self.device)
