@@ -126,7 +126,8 @@ def _compile(source: Any, capability: int, options: Mapping[str, Any]) -> dict[s
         cubin.write_bytes(made.asm["cubin"])
         sass = _tool("nvdisasm", "-c", str(cubin))
         usage = _tool("cuobjdump", "-res-usage", str(cubin))
-    resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    of_kernel = usage[usage.index(f"Function {made.metadata.name}:") :].split("Function ")[1]
+    resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", of_kernel)}
     return {
         "name": made.metadata.name,
         "capability": capability,
@@ -166,6 +167,7 @@ def _kernel(question: dict[str, Any]) -> list[dict[str, Any]]:
 def _compiling_instead_of_launching(capability: int, compiled: list[dict[str, Any]]) -> Iterator[None]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
+    from triton.experimental.gluon._runtime import GluonASTSource
     from triton.runtime.jit import JITFunction, create_function_from_signature
 
     backend = make_backend(GPUTarget("cuda", capability, 32))
@@ -176,7 +178,8 @@ def _compiling_instead_of_launching(capability: int, compiled: list[dict[str, An
             *args, **kwargs
         )
         options, signature, constants, attributes = self._pack_args(backend, kwargs, bound, specialization, options)
-        compiled.append(_compile(ASTSource(self, signature, constants, attributes), capability, options.__dict__))
+        source = GluonASTSource if self.is_gluon() else ASTSource
+        compiled.append(_compile(source(self, signature, constants, attributes), capability, options.__dict__))
 
     launching = JITFunction.run
     JITFunction.run = run
