@@ -1,7 +1,7 @@
 """`bitquest bench`: measurements that take turns in one run and report ratios."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import Progress
@@ -11,11 +11,6 @@ from bitquest.cli.console import err, print_json_object
 from bitquest.errors import ConfigError
 
 app = typer.Typer(help="Measure, alternating in one run; ratios of medians and minima.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `train-step` a subcommand while it is the only one."""
 
 
 @app.command("train-step")
@@ -66,3 +61,51 @@ def train_step(
         cells = (f"{row['median_seconds']:.3f}", f"{row['minimum_seconds']:.3f}")
         table.add_row(name, *cells, f"{row['ratio_of_medians']:.2f}", f"{row['ratio_of_minima']:.2f}", target)
     err.print(table)
+
+
+@app.command("gpu")
+def gpu(
+    backend: Annotated[str, typer.Option(help="Which code runs the layers; see bitquest doctor.")] = "auto",
+    only: Annotated[str, typer.Option(help="Cases, comma-separated; all without. floors: the hardware alone.")] = "",
+    budget: Annotated[float, typer.Option(min=1, help="Seconds; what they do not reach is not measured.")] = 300,
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of each figure.")] = 20,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tiny data on the CPU: the figures mean nothing.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Also write the result, with date and hardware, here.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Low-bit layers and training steps against bf16 on a GPU, checked before they are timed."""
+    import torch
+
+    from bitquest.benchmarks.gpu import Bench, Plan
+    from bitquest.benchmarks.gpu_report import lines, one_line
+    from bitquest.benchmarks.hardware import describe
+    from bitquest.benchmarks.results import check_place, write_result
+    from bitquest.ops.backend import resolve_backend
+
+    if not dry_run and not torch.cuda.is_available():
+        raise ConfigError("PyTorch sees no CUDA device here; --dry-run runs the benchmark on the CPU, on tiny data")
+    resolve_backend(backend)
+    if out is not None:
+        check_place(out)
+    names = tuple(name.strip() for name in only.split(",") if name.strip())
+    plan = Plan("cpu" if dry_run else "cuda", backend, rounds, budget, dry_run, names)
+    plan.jobs()
+    command = f"bitquest bench gpu --backend {backend} --budget {budget:g} --rounds {rounds}"
+    command += (f" --only {','.join(names)}" if names else "") + (" --dry-run" if dry_run else "")
+
+    def on_row(name: str, result: dict[str, Any]) -> None:
+        if name != "floors":
+            err.print(one_line(name, result), soft_wrap=True, highlight=False, markup=False)
+        if out is not None:  # each time: what was measured stays, whatever comes
+            write_result(out, command, bench.to_json())
+
+    bench = Bench(plan, on_row)
+    bench.run()
+    result = bench.to_json()
+    if out is not None:
+        write_result(out, command, result)
+    if json:
+        print_json_object("bench gpu", {"hardware": describe(), **result})
+        return
+    for line in lines(result):
+        err.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,104 @@
+"""Correct before fast: what is timed is first compared with the definition in numerics/, on the data it is timed on.
+
+A packed layer is held to its own codes: they must be those of the definition but for values on a threshold, and the
+output must be the exact integer product of these codes, rounded once. Layers in training, whose products are bfloat16
+on the way back, are compared by ‖a − b‖/‖b‖ with the fake-quantizing float32 layer on the same numbers.
+T tokens, K in_features, N out_features.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitquest.nn import PackedLinear
+from bitquest.numerics.fake_quant import dequantize, encode
+from bitquest.numerics.integers import float_linear, integer_form, integer_linear, weight_only_linear
+
+STEP_ERROR = 1e-5  # relative: the same sum of squares in another order
+FLIPPED = {8: 1e-4}  # share of codes that may lie on a threshold, by bits: about twenty times what was measured
+FLIPPED_ELSE = 2e-5
+BF16_ERROR = 2.0**-7  # one unit in the last place, relative, where a float32 lies between two bfloat16
+FLOAT_ERROR = 1e-2  # norms: bfloat16 activations times exact weights
+TRAINING_ERROR = 2e-2  # norms: products in bfloat16, forward and backward
+MODEL_ERROR = 5e-2  # norms: float32 through all layers, where one flipped code moves all that follow
+
+
+class WrongResultError(Exception):
+    """What was to be timed computes something else than the definition."""
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """‖a − b‖/‖b‖ in float32; infinite where a is not finite."""
+    a, b = a.detach().float(), b.detach().float()
+    if not bool(a.isfinite().all()):
+        return float("inf")
+    return float((a - b).norm() / b.norm().clamp_min(1e-30))
+
+
+def _require(name: str, found: float, allowed: float, checks: dict[str, Any]) -> None:
+    checks[name] = {"found": found, "allowed": allowed}
+    if not found <= allowed:
+        raise WrongResultError(f"{name}: {found:.3g}, and at most {allowed:.3g} is right")
+
+
+def check_packed(layer: PackedLinear, x: Tensor) -> dict[str, Any]:
+    """Compare layer(x), x (T, K), with the definition. Raises WrongResultError naming the quantity that is off."""
+    checks: dict[str, Any] = {}
+    with torch.no_grad():
+        y = layer(x)
+        if y.dtype != x.dtype or y.shape != (x.shape[0], layer.out_features):
+            raise WrongResultError(f"the output is {y.dtype} {tuple(y.shape)}")
+        if layer.activation_spec is None:
+            _require("output, norms", relative_error(y, _weight_only(layer, x)), FLOAT_ERROR, checks)
+            return checks
+        made, expected = layer.encode_input(x), encode(x, layer.activation_spec, layer.rotation)
+        assert made is not None
+        off = ((made.step - expected.step).abs() / expected.step).max()
+        _require("steps of the input", float(off), STEP_ERROR, checks)
+        apart = (made.codes.to(torch.int16) - expected.codes).abs()
+        _require("codes of the input, levels apart", int(apart.max()), 1, checks)
+        allowed = max(FLIPPED.get(layer.activation_spec.bits, FLIPPED_ELSE), 2 / apart.numel())
+        _require("codes of the input, share that differs", float((apart > 0).float().mean()), allowed, checks)
+        product = _exact(layer, made.codes, made.step)
+        room = BF16_ERROR * product.abs() + 1e-5 * product.square().mean().sqrt()
+        worst = ((y.float() - product).abs() / room).nan_to_num(float("inf"), float("inf")).max()
+        _require("output, in units of its rounding", float(worst), 1.0, checks)
+    return checks
+
+
+def _weight_only(layer: PackedLinear, x: Tensor) -> Tensor:
+    weight = layer.encode_weight()
+    assert weight is not None and layer.weight_spec is not None
+    x_h, form = layer.rotation.apply(x.float()), integer_form(layer.weight_spec.grid)
+    if form is None:
+        return float_linear(x_h, dequantize(weight.codes, weight.step, layer.weight_spec.grid, weight.kept))
+    step = weight.step.expand(layer.out_features, -1)
+    return weight_only_linear(x_h, form.of_codes(weight.codes, weight.kept), step, form)
+
+
+def _exact(layer: PackedLinear, codes: Tensor, step: Tensor) -> Tensor:
+    """The layer's product (T, N) in float32 from these codes of its input."""
+    weight = layer.encode_weight()
+    assert weight is not None and layer.weight_spec is not None and layer.activation_spec is not None
+    x_form, w_form = integer_form(layer.activation_spec.grid), integer_form(layer.weight_spec.grid)
+    assert x_form is not None and w_form is not None, "every scheme that is measured has integers"
+    factors = w_form.of_codes(weight.codes, weight.kept)
+    w_step = weight.step.expand(layer.out_features, -1)
+    return integer_linear(x_form.of_codes(codes), step, factors, w_step, x_form, w_form)
+
+
+def check_training(
+    results: Iterable[tuple[str, Tensor, Tensor]], allowed: float = TRAINING_ERROR
+) -> dict[str, dict[str, float]]:
+    """Compare (name, found, reference) triples by norms. Raises WrongResultError naming the one that is off."""
+    checks: dict[str, Any] = {}
+    for name, found, reference in results:
+        _require(name, relative_error(found, reference), allowed, checks)
+    return checks
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The gradients of a module's parameters, by name."""
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
