@@ -45,7 +45,7 @@ def case_cells(name: str, case: dict[str, Any]) -> list[Cells]:
         why = f"{case['status']}: {case.get('reason', '')}"
         return [(name, why, "", "", "", "", "", target, beyond, "")]
     warm = {row["shape"]: row for row in case["rows"] if row["memory"] == "L2-warm"}
-    cells = []
+    cells: list[Cells] = []
     for row in measured:
         baseline = next(key for key in ("bf16", "paper") if key in row)
         ours, other = row["ours"], warm.get(row["shape"])

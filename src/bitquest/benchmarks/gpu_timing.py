@@ -48,14 +48,22 @@ def prepare(calls: Sequence[Call], device: torch.device, graph: bool = True) -> 
             run = _captured(once)
             passes = _passes(_sample(Burst(run, 1, True), device))
             if passes > 1:
-                run = _captured(lambda: [once() for _ in range(passes)])
+                run = _captured(_repeated(once, passes))
             return Burst(run, passes * len(calls), True)
         except RuntimeError as error:
             torch.cuda.synchronize(device)  # raises where the device itself is lost
             note = f"not captured as a CUDA graph: {str(error).splitlines()[0]}"
             return Burst(once, len(calls), False, note)
     passes = _passes(_sample(Burst(once, 1, False), device))
-    return Burst(lambda: [once() for _ in range(passes)], passes * len(calls), False)
+    return Burst(_repeated(once, passes), passes * len(calls), False)
+
+
+def _repeated(run: Call, times: int) -> Call:
+    def repeated() -> None:
+        for _ in range(times):
+            run()
+
+    return repeated
 
 
 def _passes(seconds: float) -> int:
@@ -64,7 +72,7 @@ def _passes(seconds: float) -> int:
 
 def _captured(run: Call) -> Call:
     """A replay of `run`'s launches. Its memory is the graph's own."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()
@@ -83,7 +91,7 @@ def _sample(burst: Burst, device: torch.device) -> float:
         began = time.perf_counter()
         burst.run()
         return (time.perf_counter() - began) / burst.calls
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize(device)
     start.record()
     burst.run()

@@ -24,7 +24,8 @@ def dense_rotation(width: int, block: int) -> Tensor:
     signs = torch.ones(1, 1)
     while signs.shape[0] < block:
         signs = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), signs)
-    return torch.block_diag(*[signs * block**-0.5] * (width // block))
+    dense: Tensor = torch.block_diag(*[signs * block**-0.5] * (width // block))  # type: ignore[no-untyped-call]
+    return dense
 
 
 def fit_and_mask(v: Tensor, spec: Quantizer) -> Tensor:
@@ -40,7 +41,8 @@ def fit_and_mask(v: Tensor, spec: Quantizer) -> Tensor:
         raise ConfigError(f"the paper's layer masks by a range of |x|, which {spec.estimator} is not")
     trusted = (v.abs() <= step * reach[1]).to(v.dtype)
     passing = v * trusted
-    return passing + (level - passing).detach()
+    result: Tensor = passing + (level - passing).detach()
+    return result
 
 
 class PaperLinear(nn.Linear):
