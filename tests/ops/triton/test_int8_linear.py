@@ -11,7 +11,7 @@ from bitquest.numerics.grids import FP4, TERNARY, CodebookGrid, Grid, UniformGri
 from bitquest.numerics.integers import IntegerForm, integer_form, integer_linear, integer_product
 
 pytest.importorskip("triton")
-from bitquest.ops.triton.int8_linear import group_candidates, int8_linear, int8_product, row_candidates
+from bitquest.ops.triton.int8_linear import HAND_SCHEDULED, group_candidates, int8_linear, int8_product, row_candidates
 from bitquest.ops.triton.tuning import Config
 
 GRIDS = {
@@ -285,9 +285,16 @@ def test_every_candidate_computes_the_same(tokens: int) -> None:
     device = torch.device("cuda")
     capability = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
     bucket = 1 << (tokens - 1).bit_length()
+    by_hand = HAND_SCHEDULED if capability == 90 else ()
     x, w = _operand(UniformGrid(8), tokens, 1056, 1, 18), _operand(UniformGrid(8), 520, 1056, 1, 19)
-    for config in row_candidates(bucket, capability):
+    for config in (*row_candidates(bucket, capability), *by_hand):
         _close(_run(device, x, w, config=config), _reference(x, w))
+    for config in by_hand:  # fewer tiles of K than stages, an output whose rows TMA cannot write, raw integers, a bias
+        x, w = _operand(UniformGrid(4), tokens, 96, 1, 22), _operand(UniformGrid(4), 77, 96, 1, 23)
+        bias = torch.ones(77)
+        _close(_run(device, x, w, config=config, bias=bias), _reference(x, w) + bias)
+        product = int8_product(x[0].to(device), w[0].to(device), config=config)
+        assert torch.equal(product.cpu(), integer_product(x[0], w[0]))
     for size in (32, 64, 128):
         x, w = _operand(UniformGrid(8), tokens, 1024, 1024 // size, 20), _operand(UniformGrid(4), 520, 1024, 1, 21)
         for config in group_candidates(bucket, capability, size):
@@ -345,6 +352,34 @@ def test_groups_and_few_tokens_compile_without_spills(capability: int, compiler:
     _check_resources(_compiled(compiler, capability, 256, 8, config, groups=8), config)
     config = row_candidates(16, capability)[0]
     _check_resources(_compiled(compiler, capability, 16, 8, config), config)
+
+
+@pytest.mark.parametrize("config", HAND_SCHEDULED[:1])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_loop_scheduled_by_hand_keeps_one_product_running(bits: int, config: Config, compiler: Any) -> None:
+    kernel = _compiled(compiler, 90, 256, bits, config)
+    _check_resources(kernel, config)
+    loop = kernel.ptx[kernel.ptx.index("wgmma.fence") : kernel.ptx.index("wgmma.wait_group.sync.aligned 0")]
+    assert loop.count("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8") == 8
+    assert loop.count("wgmma.wait_group.sync.aligned 1") == 1
+    assert kernel.count(r"IGMMA\.\S+") == 8
+    assert kernel.count(r"WARPGROUP\.DEPBAR\S*") == 2  # the assembler has not made the products wait for each other
+    # All warps have waited before a slot is filled again.
+    refill = loop[loop.index("wgmma.wait_group.sync.aligned 1") :]
+    assert refill.index("bar.sync") < refill.index("expect_tx") < refill.index("cp.async.bulk.tensor")
+
+
+@pytest.mark.slow
+def test_everything_scheduled_by_hand_compiles_without_spills(compiler: Any) -> None:
+    for config in HAND_SCHEDULED:
+        for options in ("", ", channels=77, width=96", ", dtype=torch.float32"):
+            for kernel in compiler.launches(_LAUNCH + f"launch(300, 8, 1, {config}{options})", 90):
+                assert kernel.spills == kernel.local_bytes == 0, kernel.report()
+                assert kernel.count(r"IGMMA\.\S+")
+        (product,) = compiler.launches(
+            _LAUNCH + f"a = torch.zeros(256, 512, dtype=torch.int8)\nm.int8_product(a, a, config={config})", 90
+        )
+        assert product.spills == product.local_bytes == 0, product.report()
 
 
 @pytest.mark.slow

@@ -90,6 +90,8 @@ def test_the_file_serves_the_next_process(tmp_path: Path) -> None:
     tuning.forget()
     run = Runs()
     assert best_config("k", KEY, CANDIDATES, run) == FAST
+    _file(tmp_path).unlink()  # it is read once
+    assert best_config("k", KEY, CANDIDATES, run) == FAST
     assert run.launched == []
 
 
@@ -128,7 +130,7 @@ def test_two_processes_add_to_one_file(tmp_path: Path) -> None:
         b'{"format": "bitquest-tuning-1", "gpu": "NVIDIA Test 9000/X", "triton": "3.6.0", "kernels": {"k": {"a": {}}}}',
         b'{"format": "bitquest-tuning-1", "gpu": "NVIDIA Test 9000/X", "triton": "3.6.0", "kernels": {"k": {"a":'
         b' {"block_t": "16", "block_n": 1, "block_k": 1, "warps": 1, "stages": 1, "group": 1, "split": 1,'
-        b' "descriptors": false}}}}',
+        b' "descriptors": false, "explicit": false}}}}',
     ],
 )
 def test_a_damaged_or_foreign_file_is_ignored_with_one_warning(content: bytes, tmp_path: Path) -> None:

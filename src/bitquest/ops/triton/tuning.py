@@ -43,7 +43,8 @@ class Config:
 
     block_t, block_n, block_k: tokens, output channels and inner elements of a tile. warps and stages: Triton's
     num_warps and num_stages. group: rows of tiles that share a stripe of weights in the L2. split: programs that share
-    one inner dimension. descriptors: tiles come through TMA descriptors (sm_90 and later).
+    one inner dimension. descriptors: tiles come through TMA descriptors (sm_90 and later). explicit: the kernel whose
+    loop is scheduled by hand, where there is one.
     """
 
     block_t: int
@@ -54,6 +55,7 @@ class Config:
     group: int = 8
     split: int = 1
     descriptors: bool = False
+    explicit: bool = False
 
 
 def bucket(tokens: int) -> int:
