@@ -15,21 +15,24 @@ namespace bq::avx512 {
 
 constexpr int kLanes = 16;  // 32-bit lanes of a vector: channels of a tile
 
-// L = multiplier * D + a_factor * (sum of the token's factors) + v_factor * (sum of the channel's v) + constant, the
-// dot of one scale group in the levels' integers (or, for bq_product, in the factors).
+// L = (D << d_shift) + a_factor * A + (V << v_shift) + constant: the dot of one scale group in the integers of the levels
+// (or, for bq_product, in the factors) from the kernels' D, the sum A of the token's factors and the sum V of the
+// channel's v. Every factor on D and V is a power of two.
 struct Correction {
-    int32_t multiplier;
+    int32_t d_shift;
     int32_t a_factor;
-    int32_t v_factor;
+    int32_t v_shift;
+    bool has_v;
     int32_t constant;
 };
 
 struct Plan {
     ProductLayout layout;
     const uint8_t *words;
-    const int32_t *sums;     // of v, or null
     const float *steps;
-    int64_t rows;            // tokens, T
+    const int32_t *sums;     // of v, int32[tile][sum_groups][lane], or null
+    int64_t sum_groups;
+    int64_t rows;            // tokens, T; three rows of digits to a token of floats
     int64_t channels;        // N
     int64_t width;           // K
     int64_t groups;          // G, the finer of the two groupings
@@ -39,14 +42,16 @@ struct Plan {
     bool wide;               // L may exceed 31 bits: 64-bit arithmetic, by `form_x` and `form_w`
     bq_form form_x;
     bq_form form_w;
-    const int32_t *a_sums;   // (T, G) sums of the factors
-    const float *x_step;     // (T, x_groups)
+    const int32_t *a_sums;   // (T, G): A; null for planes
+    const int32_t *terms;    // (T, G): a_factor * A + constant; null for planes
+    const float *x_scale;    // (T, x_groups): the step times both units
     int64_t x_groups;
-    float unit;
-    int32_t digits;          // 3: rows are the digits of a float activation, 3 to a token; else 1
+    int32_t digits;          // 3: rows are digits of floats; else 1
     int32_t *integers;       // bq_product: (T, G, N); then `output` is not used
     bq_output output;
 };
+
+constexpr int64_t kGroupsAtOnce = 8;  // scale groups whose D wait for `finish`
 
 // Tokens are worked on in tiles of `full` rows and one of `rest_height` >= rest_rows (0: none), padded with zeros.
 struct Tiling {
@@ -81,9 +86,27 @@ int32_t run_planes(const Plan &plan, const Tiling &tiling, const int32_t *x_word
 Tiling bytes_tiling(int64_t rows);
 Tiling planes_tiling(int64_t rows, int w_planes, int x_planes);
 
-// products_finish.cpp: D of one scale group, int32[height][tiles of channels][16], for `count` tokens from t0 and
-// `tiles` tiles of channels from `tile`. totals: float32 of the same shape, kept by the caller from group to group.
-void finish(const Plan &plan, const int32_t *d, float *totals, int64_t t0, int64_t count, int64_t tile, int64_t tiles,
-            int64_t group);
+// V of every scale group of the plan, int32[tile][group][lane]: the product with a token of ones.
+void sum_weights(const Plan &plan, int32_t *sums, int threads);
+
+// Where the kernels leave D: int32[group][height][tiles of channels][lane], `groups` of them from `group`, for `count`
+// tokens (<= height) from t0 and `tiles` tiles of channels from `tile`.
+struct Window {
+    int64_t t0;
+    int64_t count;
+    int64_t height;
+    int64_t tile;
+    int64_t tiles;
+    int64_t group;
+    int64_t groups;
+};
+
+// products_finish.cpp: D to outputs. totals: float32[height][tiles][lane], kept by the caller from window to window.
+void finish(const Plan &plan, const int32_t *d, float *totals, const Window &window);
+
+// acc += the dots of four bytes each. In assembly because GCC 12 otherwise copies accumulators back and forth in the
+// loops of these kernels, at the price of half their speed.
+static inline void add_dots(__m512i &acc, __m512i v, __m512i a) { asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(v), "v"(a)); }
+static inline void subtract(__m512i &acc, __m512i v) { asm("vpsubd %1, %0, %0" : "+v"(acc) : "v"(v)); }
 
 }  // namespace bq::avx512

@@ -13,24 +13,36 @@ bool wants_planes(const bq_weight &w) {
     return w.sparse == 0 && w.integer == nullptr && w.x_uniform != 0 && w.bits * w.x_bits <= 4;
 }
 
+// What a call needs for itself, in one array of the calling thread.
 struct Memory {
-    int8_t *factors;   // bits expanded, or digits
-    int32_t *words;
-    int32_t *a_sums;
-    float *steps;      // of digits
+    int8_t *factors = nullptr;   // bits expanded, or digits
+    int32_t *words = nullptr;    // the packed activation
+    int32_t *a_sums = nullptr;
+    int32_t *terms = nullptr;
+    float *scales = nullptr;
+    int32_t *v_sums = nullptr;
+
+    bool take(int64_t factor_bytes, int64_t word_count, int64_t sum_count, int64_t scale_count, int64_t v_count) {
+        const int64_t parts[] = {factor_bytes, word_count * 4, sum_count * 4, sum_count * 4, scale_count * 4, v_count * 4};
+        int64_t at[7] = {};
+        for (int i = 0; i < 6; ++i) at[i + 1] = at[i] + round_up(parts[i], 64);
+        auto *all = static_cast<uint8_t *>(scratch(0, static_cast<size_t>(at[6])));
+        if (all == nullptr) return false;
+        factors = reinterpret_cast<int8_t *>(all);
+        words = reinterpret_cast<int32_t *>(all + at[1]);
+        a_sums = reinterpret_cast<int32_t *>(all + at[2]);
+        terms = reinterpret_cast<int32_t *>(all + at[3]);
+        scales = reinterpret_cast<float *>(all + at[4]);
+        v_sums = reinterpret_cast<int32_t *>(all + at[5]);
+        return true;
+    }
 };
 
-bool take_memory(int64_t rows, int64_t width, int64_t x_words, int64_t sums, Memory *memory) {
-    const int64_t factors = round_up(rows * width, 64);
-    const int64_t words = round_up(x_words * 4, 64);
-    const int64_t a_sums = round_up(sums * 4, 64);
-    auto *all = static_cast<uint8_t *>(scratch(0, static_cast<size_t>(factors + words + a_sums + rows * 4)));
-    if (all == nullptr) return false;
-    memory->factors = reinterpret_cast<int8_t *>(all);
-    memory->words = reinterpret_cast<int32_t *>(all + factors);
-    memory->a_sums = reinterpret_cast<int32_t *>(all + factors + words);
-    memory->steps = reinterpret_cast<float *>(all + factors + words + a_sums);
-    return true;
+int32_t log2_of(int32_t power) { return 31 - __builtin_clz(static_cast<uint32_t>(power)); }
+
+// Every form of numerics/integers.py: factor * a + offset is a, or 2a + 1.
+bool is_usual(const bq_form &form) {
+    return (form.factor == 1 && form.offset == 0) || (form.factor == 2 && form.offset == 1);
 }
 
 // BQ_UNSUPPORTED: groupings whose blocks do not line up.
@@ -40,6 +52,7 @@ int32_t make_plan(const bq_weight &w, const uint8_t *payload, const bq_activatio
     const bool floats = w.x_bits == 16;
     plan->words = payload + kLayoutBytes;
     plan->sums = l.has_sums != 0 ? reinterpret_cast<const int32_t *>(payload + l.sums_at) : nullptr;
+    plan->sum_groups = l.groups;
     plan->steps = reinterpret_cast<const float *>(payload + l.steps_at);
     plan->digits = floats ? 3 : 1;
     plan->rows = x.rows * plan->digits;
@@ -50,13 +63,12 @@ int32_t make_plan(const bq_weight &w, const uint8_t *payload, const bq_activatio
     plan->size = w.width / plan->groups;
     const bool finer_x = plan->groups > w.groups;
     const bool offset_x = !floats && x.form.offset != 0;
-    if (finer_x && (plan->size % 32 != 0 || offset_x)) return BQ_UNSUPPORTED;  // sums of v are per group of the weight
+    if (finer_x && plan->size % 32 != 0) return BQ_UNSUPPORTED;
     if (offset_x && plan->sums == nullptr) return BQ_UNSUPPORTED;
+    if (!is_usual(w.form) || (!floats && !is_usual(x.form))) return BQ_UNSUPPORTED;
     plan->blocks = (plan->size + 31) / 32;
     plan->form_x = floats ? bq_form{1.0f, 1, 0} : x.form;
     plan->form_w = w.form;
-    plan->unit = plan->form_x.unit * w.form.unit;
-    plan->x_step = x.step;
     return BQ_OK;
 }
 
@@ -65,9 +77,9 @@ Correction level_correction(const Plan &plan) {
     const bq_form &fx = plan.form_x;
     const int32_t scale = plan.form_w.factor * plan.layout.scale;
     const int32_t offset = plan.form_w.factor * plan.layout.offset + plan.form_w.offset;
-    const auto size = static_cast<uint32_t>(plan.size);
-    return {fx.factor * scale, fx.factor * offset, fx.offset * scale,
-            static_cast<int32_t>(static_cast<uint32_t>(fx.offset * offset) * size)};
+    const auto constant = static_cast<uint32_t>(fx.offset * offset) * static_cast<uint32_t>(plan.size);
+    return {log2_of(fx.factor * scale), fx.factor * offset, fx.offset != 0 ? log2_of(fx.offset * scale) : 0,
+            fx.offset != 0, static_cast<int32_t>(constant)};
 }
 
 bool is_wide(const Plan &plan, const bq_weight &w) {
@@ -77,34 +89,44 @@ bool is_wide(const Plan &plan, const bq_weight &w) {
 
 int32_t run(const bq_weight &w, const bq_activation &x, Plan *plan, int threads) {
     const bool planes = plan->layout.planes != 0;
+    const bool floats = plan->digits == 3;
+    const bool expand = !planes && !floats && x.factors == nullptr;
+    const bool own_sums = plan->correct.has_v && plan->groups > plan->layout.groups;
     const Tiling tiling = planes ? planes_tiling(plan->rows, plan->layout.bits, w.x_bits) : bytes_tiling(plan->rows);
-    const int64_t block_words = planes ? w.x_bits : 8;
-    const bool expand = !planes && plan->digits == 1 && x.factors == nullptr;
-    Memory memory{};
-    if (!take_memory(plan->digits == 3 || expand ? plan->rows : 0, w.width,
-                     tiling.padded() * plan->groups * plan->blocks * block_words, plan->rows * plan->groups, &memory)) {
+    const int64_t words = tiling.padded() * plan->groups * plan->blocks * (planes ? w.x_bits : 8);
+    const int64_t scales = x.rows * plan->x_groups;
+    Memory memory;
+    if (!memory.take(floats || expand ? plan->rows * w.width : 0, words, planes ? 0 : plan->rows * plan->groups, scales,
+                     own_sums ? plan->layout.tiles * plan->groups * kLanes : 0)) {
         return BQ_NO_MEMORY;
     }
     // Waking threads costs more than packing one row.
     const int packing = plan->rows * w.width > 65536 ? threads : 1;
+    if (floats) split_floats(x, w.width, memory.factors, memory.scales, packing);
+    const float *steps = floats ? memory.scales : x.step;
+    const float unit = plan->form_x.unit * plan->form_w.unit;
+    for (int64_t i = 0; i < scales && steps != nullptr; ++i) memory.scales[i] = steps[i] * unit;
+    plan->x_scale = memory.scales;
     if (planes) {
         const int32_t levels = ((1 << plan->layout.bits) - 1) * ((1 << w.x_bits) - 1);
-        plan->correct = {-2, 0, 0, static_cast<int32_t>(levels * plan->size)};
-        plan->a_sums = nullptr;
+        plan->correct = {1, 0, 0, false, static_cast<int32_t>(levels * plan->size)};
         pack_planes(*plan, x, w.x_bits, tiling, memory.words, packing);
         return run_planes(*plan, tiling, memory.words, w.x_bits, threads);
     }
-    const int8_t *factors = x.factors;
-    if (plan->digits == 3) {
-        split_floats(x, w.width, memory.factors, memory.steps, packing);
-        factors = memory.factors;
-        plan->x_step = memory.steps;
-    } else if (expand) {
-        expand_bits(x.packed, x.rows, w.width, memory.factors);
-        factors = memory.factors;
+    if (expand) expand_bits(x.packed, x.rows, w.width, memory.factors);
+    pack_bytes(*plan, floats || expand ? memory.factors : x.factors, tiling, memory.words, memory.a_sums, packing);
+    const auto factor = static_cast<uint32_t>(plan->correct.a_factor);
+    const auto constant = static_cast<uint32_t>(plan->correct.constant);
+    for (int64_t i = 0; i < plan->rows * plan->groups; ++i) {  // modulo 2^32: exact, because the dot fits
+        memory.terms[i] = static_cast<int32_t>(factor * static_cast<uint32_t>(memory.a_sums[i]) + constant);
     }
-    pack_bytes(*plan, factors, tiling, memory.words, memory.a_sums, packing);
     plan->a_sums = memory.a_sums;
+    plan->terms = memory.terms;
+    if (own_sums) {
+        sum_weights(*plan, memory.v_sums, threads);
+        plan->sums = memory.v_sums;
+        plan->sum_groups = plan->groups;
+    }
     return run_bytes(*plan, tiling, memory.words, threads);
 }
 

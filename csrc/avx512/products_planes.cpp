@@ -1,7 +1,7 @@
 // Products of bit planes by xor and popcount: 1-bit weights with activations of 1 to 4 bits, 2-bit with 1 and 2.
 //
 // With v = sum of 2^p v_p and u = sum of 2^q u_q, the dot of the odd integers 2v + 1 - 2^b and 2u + 1 - 2^c over K
-// elements is (2^b - 1)(2^c - 1) K - 2 sum over p, q of 2^(p + q) popcount(v_p xor u_q).
+// elements is (2^b - 1)(2^c - 1) K + 2 D with D = - sum over p, q of 2^(p + q) popcount(v_p xor u_q).
 // Three operations on four pipes per 512 bit products: 683 a cycle, 2860 GMAC/s by one core (measured: the same in a
 // loop of its own), divided by the number of pairs of planes; vpdpbusd does 500.
 // Carry-save adders would save popcounts, but vpternlogd overwrites an operand and the copies cost what they save.
@@ -15,56 +15,57 @@ constexpr int kPair = 2;  // tiles of channels in a register tile
 // Accumulators: one per weight 2^(p + q), token and tile of channels; 24 of them.
 constexpr int full_height(int w_planes, int x_planes) { return 24 / (kPair * (w_planes + x_planes - 1)); }
 
-// D = sum of 2^(p + q) popcounts, of T tokens x C tiles of channels over `blocks` blocks.
+// D of T tokens x C tiles of channels, over `blocks` blocks in each of `groups` scale groups.
 template <int W, int X, int T, int C>
-void dots_planes(const uint8_t *words, int64_t apart, const int32_t *x, int64_t blocks, int32_t *d) {
-    __m512i acc[T][C][W + X - 1];
-#pragma GCC unroll 12
-    for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 2
-        for (int c = 0; c < C; ++c) {
-#pragma GCC unroll 4
-            for (int s = 0; s < W + X - 1; ++s) acc[t][c][s] = _mm512_setzero_si512();
-        }
-    }
-    for (int64_t b = 0; b < blocks; ++b) {
-        __m512i v[C][W];
-#pragma GCC unroll 2
-        for (int c = 0; c < C; ++c) {
-#pragma GCC unroll 2
-            for (int p = 0; p < W; ++p) v[c][p] = _mm512_loadu_si512(words + c * apart + (b * W + p) * 64);
-        }
+void dots_planes(const uint8_t *words, int64_t apart, const int32_t *x, int64_t groups, int64_t blocks, int32_t *d) {
+    for (int64_t g = 0; g < groups; ++g, d += T * C * kLanes) {
+        __m512i acc[T][C][W + X - 1];
 #pragma GCC unroll 12
         for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+            for (int c = 0; c < C; ++c) {
 #pragma GCC unroll 4
-            for (int q = 0; q < X; ++q) {
-                const __m512i u = _mm512_set1_epi32(x[(b * X + q) * T + t]);
+                for (int s = 0; s < W + X - 1; ++s) acc[t][c][s] = _mm512_setzero_si512();
+            }
+        }
+        for (int64_t b = 0; b < blocks; ++b, words += W * 64, x += X * T) {
+            __m512i v[C][W];
 #pragma GCC unroll 2
-                for (int c = 0; c < C; ++c) {
+            for (int c = 0; c < C; ++c) {
 #pragma GCC unroll 2
-                    for (int p = 0; p < W; ++p) {
-                        const __m512i differ = _mm512_popcnt_epi32(_mm512_xor_si512(v[c][p], u));
-                        acc[t][c][p + q] = _mm512_add_epi32(acc[t][c][p + q], differ);
+                for (int p = 0; p < W; ++p) v[c][p] = _mm512_loadu_si512(words + c * apart + p * 64);
+            }
+#pragma GCC unroll 12
+            for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+                for (int q = 0; q < X; ++q) {
+                    const __m512i u = _mm512_set1_epi32(x[q * T + t]);
+#pragma GCC unroll 2
+                    for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 2
+                        for (int p = 0; p < W; ++p) {
+                            subtract(acc[t][c][p + q], _mm512_popcnt_epi32(_mm512_xor_si512(v[c][p], u)));
+                        }
                     }
                 }
             }
         }
-    }
 #pragma GCC unroll 12
-    for (int t = 0; t < T; ++t) {
+        for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
-        for (int c = 0; c < C; ++c) {
-            __m512i total = acc[t][c][0];
+            for (int c = 0; c < C; ++c) {
+                __m512i total = acc[t][c][0];
 #pragma GCC unroll 4
-            for (int s = 1; s < W + X - 1; ++s) {
-                total = _mm512_add_epi32(total, _mm512_slli_epi32(acc[t][c][s], static_cast<unsigned>(s)));
+                for (int s = 1; s < W + X - 1; ++s) {
+                    total = _mm512_add_epi32(total, _mm512_slli_epi32(acc[t][c][s], static_cast<unsigned>(s)));
+                }
+                _mm512_storeu_si512(d + (t * C + c) * kLanes, total);
             }
-            _mm512_storeu_si512(d + (t * C + c) * kLanes, total);
         }
     }
 }
 
-using Kernel = void (*)(const uint8_t *, int64_t, const int32_t *, int64_t, int32_t *);
+using Kernel = void (*)(const uint8_t *, int64_t, const int32_t *, int64_t, int64_t, int32_t *);
 
 template <int W, int X, int T>
 Kernel kernel_of_height(int64_t height, bool pair) {
@@ -107,8 +108,9 @@ Tiling planes_tiling(int64_t rows, int w_planes, int x_planes) {
 int32_t run_planes(const Plan &plan, const Tiling &tiling, const int32_t *x_words, int x_planes, int threads) {
     const ProductLayout &l = plan.layout;
     const int64_t tile_bytes = l.groups * l.blocks * l.bits * 64;
+    const int64_t group_bytes = plan.blocks * l.bits * 64;
     auto share = [&](int64_t begin, int64_t end, int) {
-        alignas(64) int32_t d[12 * kPair * kLanes];
+        alignas(64) int32_t d[kGroupsAtOnce * 12 * kPair * kLanes];
         alignas(64) float totals[12 * kPair * kLanes];
         for (int64_t first = begin; first < end; first += kPair) {
             const int64_t tiles = end - first < kPair ? end - first : kPair;
@@ -116,10 +118,11 @@ int32_t run_planes(const Plan &plan, const Tiling &tiling, const int32_t *x_word
                 const int64_t height = tiling.height(i);
                 const Kernel kernel = kernel_of(l.bits, x_planes, height, tiles == kPair);
                 const int32_t *x = x_words + i * tiling.full * plan.groups * plan.blocks * x_planes;
-                for (int64_t g = 0; g < plan.groups; ++g) {
-                    kernel(plan.words + first * tile_bytes + g * plan.blocks * l.bits * 64, tile_bytes,
-                           x + g * plan.blocks * x_planes * height, plan.blocks, d);
-                    finish(plan, d, totals, i * tiling.full, tiling.count(i), first, tiles, g);
+                for (int64_t g = 0; g < plan.groups; g += kGroupsAtOnce) {
+                    const int64_t groups = plan.groups - g < kGroupsAtOnce ? plan.groups - g : kGroupsAtOnce;
+                    kernel(plan.words + first * tile_bytes + g * group_bytes, tile_bytes,
+                           x + g * plan.blocks * x_planes * height, groups, plan.blocks, d);
+                    finish(plan, d, totals, {i * tiling.full, tiling.count(i), height, first, tiles, g, groups});
                 }
             }
         }
