@@ -12,6 +12,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import ClassVar
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -60,26 +61,30 @@ class BuildNative(build_ext):
         return str(Path(*fullname.split("."))) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        self._build(target, platform.machine(), ["-shared"], [])
+
+    def _build(self, target: Path, machine: str, linking: list[str], extra: list[str], *more: Path) -> None:
+        """Compile csrc/, and `more`, for a kind of machine with `extra` flags, and link `target`."""
         if sys.platform == "win32":
             raise RuntimeError("the native engine is built with GCC or Clang; there is no recipe for Windows yet")
-        machine = platform.machine().lower()
+        machine = machine.lower()
         sets = {
             folder: (flags, macro)
             for folder, (flags, macro) in INSTRUCTION_SETS.get(MACHINES.get(machine, machine), {}).items()
             if self._accepts(flags)
         }
-        macros = [f"-D{macro}=1" for _, macro in sets.values()]
-        jobs = [(source, macros) for source in [*SOURCES.glob("*.cpp"), *(SOURCES / "generic").glob("*.cpp")]]
+        macros = [*extra, *(f"-D{macro}=1" for _, macro in sets.values())]
+        jobs = [(source, macros) for source in [*SOURCES.glob("*.cpp"), *(SOURCES / "generic").glob("*.cpp"), *more]]
         for folder, (flags, _) in sets.items():
             jobs += [(source, [*flags, *macros]) for source in (SOURCES / folder).glob("*.cpp")]
         headers = [path for pattern in ("*.h", "*.inl") for path in SOURCES.rglob(pattern)]
         newest = max(path.stat().st_mtime for path in [*headers, ROOT / "setup.py"])
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             objects = list(pool.map(lambda job: self._compile(*job, newest), sorted(jobs)))
-        target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         made = target.with_suffix(".linking")
-        self._run([*self._compiler(), "-shared", "-pthread", "-o", str(made), *objects])
+        self._run([*self._compiler(), *linking, *extra, "-pthread", "-o", str(made), *objects])
         made.replace(target)  # a process that has the old one loaded keeps it
 
     def _compiler(self) -> list[str]:
@@ -115,6 +120,28 @@ class BuildNative(build_ext):
         return str(target)
 
 
+class BuildReplay(BuildNative):
+    """Builds csrc/tests/replay.cpp with the engine in it: with sanitizers, or for another kind of machine.
+
+    CXX=aarch64-linux-gnu-g++ python setup.py build_replay --machine aarch64 --output replay
+    """
+
+    description = "build the program that replays golden vectors"
+    user_options: ClassVar = [
+        ("output=", None, "the program"),
+        ("machine=", None, "x86_64 or aarch64; this one by default"),
+        ("flags=", None, "further flags for the compiler"),
+        ("build-temp=", None, "where the objects go"),
+    ]
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.output, self.machine, self.flags = "replay", platform.machine(), ""
+
+    def run(self) -> None:
+        self._build(Path(self.output), self.machine, [], self.flags.split(), SOURCES / "tests" / "replay.cpp")
+
+
 class AnyPython(bdist_wheel):
     """The library is of one machine, but of no Python in particular."""
 
@@ -128,5 +155,5 @@ class AnyPython(bdist_wheel):
 
 setup(
     ext_modules=[Extension("bitquest.ops._native", sources=["csrc/dispatch.cpp"])],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython},
+    cmdclass={"build_ext": BuildNative, "build_replay": BuildReplay, "bdist_wheel": AnyPython},
 )
