@@ -245,25 +245,28 @@ def _launch(x_a: Tensor, w_a: Tensor, out: Tensor, scales: _Scales | None, group
     if out.numel() == 0:
         return
     x, w = _aligned(x_a), _aligned(w_a)
-    if config is not None:
+    if x.device.type != "cuda":  # the interpreter: small tiles, so that small shapes have several
+        config = config or Config(32, 32, x.shape[1] // groups if groups > 1 else 64)
         _run(config, x, w, out, scales, groups)
         return
-    if x.device.type != "cuda":  # the interpreter: small tiles, so that small shapes have several
-        _run(Config(32, 32, x.shape[1] // groups if groups > 1 else 64), x, w, out, scales, groups)
-        return
-    with torch.cuda.device(x.device):
-        major, minor = torch.cuda.get_device_capability()
-        (width, channels), tokens = (x.shape[1], w.shape[0]), bucket(x.shape[0])
-        if groups == 1:
-            candidates = row_candidates(tokens, 10 * major + minor)
-            if major == 9 and tokens > 64 and os.environ.get("BITQUEST_GLUON") == "1":
-                candidates += HAND_SCHEDULED
-        else:
-            candidates = group_candidates(tokens, 10 * major + minor, width // groups)
-        terms = (0, 0) if scales is None else (scales.x_term, scales.w_term)
-        key = (tokens, channels, width, groups, str(out.dtype), *terms)
-        chosen = best_config("int8_linear", key, candidates, lambda made: _run(made, x, w, out, scales, groups))
-        _run(chosen, x, w, out, scales, groups)
+    with torch.cuda.device(x.device):  # Triton launches on the current device
+        config = config or _tuned(x, w, out, scales, groups)
+        _run(config, x, w, out, scales, groups)
+
+
+def _tuned(x: Tensor, w: Tensor, out: Tensor, scales: _Scales | None, groups: int) -> Config:
+    """The tiling for this shape on the current GPU; it may be measured now, into `out`."""
+    tokens, channels, width = bucket(x.shape[0]), w.shape[0], x.shape[1]
+    major, minor = torch.cuda.get_device_capability()
+    if groups > 1:
+        candidates = group_candidates(tokens, 10 * major + minor, width // groups)
+    else:
+        candidates = row_candidates(tokens, 10 * major + minor)
+        if major == 9 and tokens > 64 and os.environ.get("BITQUEST_GLUON") == "1":
+            candidates += HAND_SCHEDULED
+    terms = (0, 0) if scales is None else (scales.x_term, scales.w_term)
+    key = (tokens, channels, width, groups, str(out.dtype), *terms)
+    return best_config("int8_linear", key, candidates, lambda config: _run(config, x, w, out, scales, groups))
 
 
 def _run(config: Config, x: Tensor, w: Tensor, out: Tensor, scales: _Scales | None, groups: int) -> None:

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,9 @@ def best_config(kernel: str, key: Key, candidates: Sequence[Config], run: Callab
     default = candidates[0]
     if len(candidates) == 1 or not _may_tune():
         return default
-    place = (_gpu_name(torch.cuda.current_device()), kernel, json.dumps(key))
-    _read_file(_cache_file(place[0]), place[0])
+    place = (_gpu_name(torch.cuda.current_device()), kernel, _key_text(key))
+    if place not in _best:
+        _read_file(_cache_file(place[0]), place[0])
     found = _best.get(place)
     if found is not None and found in candidates:  # a file of an older version may name one that is gone
         return found
@@ -104,6 +105,11 @@ def _may_tune() -> bool:
     if os.environ.get("BITQUEST_TUNE", "1") == "0" or triton.knobs.runtime.interpret:
         return False
     return torch.cuda.is_available()
+
+
+@lru_cache(maxsize=4096)
+def _key_text(key: Key) -> str:
+    return json.dumps(key)
 
 
 @cache
