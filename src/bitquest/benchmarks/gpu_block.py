@@ -70,11 +70,8 @@ def _run(block: nn.Module, inputs: list[Tensor], gradients_: list[Tensor], backw
     return cast(list[Tensor], outputs)
 
 
-def _check(plain: BlockLinears, scheme: str, context: Context) -> dict[str, Any]:
-    """Outputs and gradients of few tokens against fake quantization in float32."""
-    sizes = context.sizes
-    data = _Data(sizes.check_tokens, sizes.block_width, sizes.block_hidden, context)
-    ours = quantize_(copy.deepcopy(plain), scheme, backend=context.backend)
+def _check(plain: BlockLinears, ours: nn.Module, data: _Data, scheme: str) -> dict[str, Any]:
+    """Outputs and gradients against fake quantization in float32."""
     found = _run(ours, data.inputs, data.gradients)
     reference = quantize_(copy.deepcopy(plain).float(), scheme, backend="torch")
     inputs, given = data.of(torch.float32)
@@ -93,11 +90,11 @@ def block(job: Job, context: Context, emit: Emit) -> None:
     """Forward and backward of the seven layers, and forward alone."""
     sizes = context.sizes
     plain = BlockLinears(sizes.block_width, sizes.block_hidden, context.device, context.generator)
-    checks = _check(plain, job.scheme, context)
-    context.free()
     ours = quantize_(copy.deepcopy(plain), job.scheme, backend=context.backend)
     backends = {training_backend(m) for m in ours.modules() if isinstance(m, QuantizedLinear)}
     data = _Data(sizes.block_tokens, sizes.block_width, sizes.block_hidden, context)
+    checks = _check(plain, ours, data, job.scheme)
+    context.free()
     rows = []
     for part, backward in (("forward and backward", True), ("forward", False)):
         times = compare(

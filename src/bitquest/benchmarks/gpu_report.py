@@ -105,6 +105,15 @@ def _number(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4g}"
 
 
+def curve_lines(result: dict[str, Any]) -> list[str]:
+    """What the loss curves showed (loss_curves.py)."""
+    settings = result["settings"]
+    rows = [(name, f"{mean:.4f}") for name, mean in result["means_of_last"].items()]
+    found = table((f"loss, {settings['preset']}, {settings['scheme']}", f"mean of the last {settings['last']}"), rows)
+    within = {True: "yes", False: "no", None: "not known"}[result["within_spread"]]
+    return [*found, f"fused within the spread of the references: {within}"]
+
+
 def main(words: Sequence[str]) -> int:
     """Print the report of each file named."""
     for name in words:
@@ -113,7 +122,7 @@ def main(words: Sequence[str]) -> int:
         except (OSError, ValueError) as error:
             print(f"{name}: {error}", file=sys.stderr)
             return 1
-        print("\n".join(lines(result)))
+        print("\n".join(curve_lines(result) if "means_of_last" in result else lines(result)))
     return 0
 
 

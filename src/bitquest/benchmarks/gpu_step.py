@@ -5,12 +5,19 @@ A step is forward, loss, backward, clipping and AdamW under bfloat16 autocast on
 """
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from bitquest.benchmarks.gpu_check import MODEL_ERROR, WrongResultError, check_training, gradients
+from bitquest.benchmarks.gpu_check import (
+    LAYER_ERROR,
+    MODEL_ERROR,
+    gradients,
+    relative_error,
+    require,
+    without_tuning,
+)
 from bitquest.benchmarks.gpu_context import Context, training_backend
 from bitquest.benchmarks.gpu_layers import Emit
 from bitquest.benchmarks.gpu_table import Job
@@ -20,6 +27,7 @@ from bitquest.models import Llama, LlamaConfig
 from bitquest.models.fuse import fuse_
 from bitquest.models.llama import INIT_SIGMA
 from bitquest.nn import QuantizedLinear, quantize_
+from bitquest.nn.pending import as_tensor
 from bitquest.training.config import OptimizerSection, TrainSection
 from bitquest.training.optim import make_optimizer
 from bitquest.training.step import Stepper, next_token_loss
@@ -33,7 +41,9 @@ def step(job: Job, context: Context, emit: Emit) -> None:
     sizes = context.sizes
     plain = _new_model(context)
     windows = torch.randint(0, sizes.vocabulary, (sizes.step_batch, sizes.step_context + 1), device=context.device)
-    checks = _check(plain, job.scheme, windows, context)
+    with without_tuning():
+        checks = _check(plain, job.scheme, windows, context)
+    context.free()
     compiled = context.device.type == "cuda"
     ours_model = fuse_(quantize_(copy.deepcopy(plain), job.scheme, backend=context.backend))
     backend = training_backend(next(m for m in ours_model.modules() if isinstance(m, QuantizedLinear)))
@@ -41,9 +51,7 @@ def step(job: Job, context: Context, emit: Emit) -> None:
         eager_loss = float(next_token_loss(ours_model, windows))
     ours = _Steps(ours_model, windows, compiled)
     compiled_loss = float(ours.once())
-    checks["compiled loss against eager"] = {"found": abs(compiled_loss / eager_loss - 1), "allowed": _LOSS_ERROR}
-    if not abs(compiled_loss / eager_loss - 1) <= _LOSS_ERROR:
-        raise WrongResultError(f"the compiled model's loss is {compiled_loss:.5f}, and {eager_loss:.5f} is right")
+    require("loss, compiled against uncompiled", abs(compiled_loss / eager_loss - 1), _LOSS_ERROR, checks)
     bf16 = _Steps(copy.deepcopy(plain), windows, compiled)
     emit(
         job.rows[0],
@@ -69,21 +77,52 @@ def _new_model(context: Context) -> Llama:
 
 
 def _check(plain: Llama, scheme: str, windows: Tensor, context: Context) -> dict[str, Any]:
-    """Loss, logits and gradients of a short text in float32, uncompiled, against the reference."""
+    """A short text in float32, uncompiled: every layer on its own input and gradient, then logits and all gradients."""
     few = windows[:1, : min(windows.shape[1], 129)]
-    found = []
-    for backend in (context.backend, "torch"):
-        model = quantize_(copy.deepcopy(plain), scheme, backend=backend)
-        if backend != "torch":
-            fuse_(model)
-        torch.autograd.backward(next_token_loss(model, few))
-        with torch.no_grad():
-            found.append((model(few[:, :-1]), gradients(model)))
-        del model
-    (logits, ours), (expected, theirs) = found
-    all_of_ours = torch.cat([gradient.flatten() for gradient in ours.values()])
-    all_of_theirs = torch.cat([theirs[name].flatten() for name in ours])
-    return check_training([("logits", logits, expected), ("gradients", all_of_ours, all_of_theirs)], MODEL_ERROR)
+    ours = fuse_(quantize_(copy.deepcopy(plain), scheme, backend=context.backend))
+    theirs = quantize_(copy.deepcopy(plain), scheme, backend="torch")
+    seen = _run_watched(ours, few)
+    checks: dict[str, Any] = {}
+    outputs, weights = {}, {}
+    for name, (x, y, gradient) in seen.items():
+        reference, layer = theirs.get_submodule(name), ours.get_submodule(name)
+        expected = reference(x)
+        torch.autograd.backward(expected, gradient)
+        outputs[name] = relative_error(y, expected)
+        weights[name] = relative_error(cast(Tensor, layer.weight.grad), cast(Tensor, reference.weight.grad))
+    for what, errors in (("outputs", outputs), ("weights' gradients", weights)):
+        worst = max(errors, key=lambda name: errors[name])
+        require(f"{what} of {len(errors)} layers, the worst in {worst}", errors[worst], LAYER_ERROR, checks)
+    theirs.zero_grad(set_to_none=True)
+    torch.autograd.backward(next_token_loss(theirs, few))
+    with torch.no_grad():
+        require("logits", relative_error(ours(few[:, :-1]), theirs(few[:, :-1])), MODEL_ERROR, checks)
+    found, expected_ = gradients(ours), gradients(theirs)
+    errors = {name: relative_error(found[name], expected_[name]) for name in expected_}
+    worst = max(errors, key=lambda name: errors[name])
+    require(f"gradients, the worst that of {worst}", errors[worst], 1.5 * MODEL_ERROR, checks)
+    return checks
+
+
+def _run_watched(model: torch.nn.Module, windows: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Loss and backward pass; each quantized layer's input, output and the gradient of the output, by name."""
+    seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    handles = []
+
+    def watch(name: str, layer: QuantizedLinear) -> None:
+        def hook(_: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            x, y = as_tensor(inputs[0]).detach(), output.detach()
+            output.register_hook(lambda gradient: seen.update({name: (x, y, gradient)}))  # type: ignore[no-untyped-call]
+
+        handles.append(layer.register_forward_hook(hook))
+
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            watch(name, module)
+    torch.autograd.backward(next_token_loss(model, windows))
+    for handle in handles:
+        handle.remove()
+    return seen
 
 
 class _Steps:

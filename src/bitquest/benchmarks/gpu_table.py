@@ -43,7 +43,6 @@ class Sizes:
     block_width: int = 2048
     block_hidden: int = 5632
     block_tokens: int = 32768
-    check_tokens: int = 512
     preset: str = "430M"
     vocabulary: int = 32000
     step_batch: int = 32
@@ -60,7 +59,6 @@ TINY = Sizes(
     block_width=128,
     block_hidden=256,
     block_tokens=64,
-    check_tokens=32,
     preset="1M",
     vocabulary=257,
     step_batch=2,

@@ -106,6 +106,53 @@ def gpu(
         write_result(out, command, result)
     if json:
         print_json_object("bench gpu", {"hardware": describe(), **result})
-        return
-    for line in lines(result):
-        err.print(line, soft_wrap=True, highlight=False, markup=False)
+    else:
+        for line in lines(result):
+            err.print(line, soft_wrap=True, highlight=False, markup=False)
+    if any(case["status"] in ("wrong", "failed") for case in result["cases"].values()):
+        raise typer.Exit(1)
+
+
+@app.command("loss-curves")
+def loss_curves(
+    data: Annotated[Path, typer.Option(help="Folder of prepared tokens (bitquest data prepare).")],
+    preset: Annotated[str, typer.Option(help="The model's size.")] = "10M",
+    scheme: Annotated[str, typer.Option(help="How the model is quantized.")] = "w4a4",
+    backend: Annotated[str, typer.Option(help="What the fused run trains with.")] = "auto",
+    steps: Annotated[int, typer.Option(min=2)] = 200,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 32,
+    context: Annotated[int, typer.Option(min=1, help="Tokens a sequence.")] = 512,
+    seeds: Annotated[int, typer.Option(min=2, help="Reference runs.")] = 3,
+    last: Annotated[int, typer.Option(min=1, help="Losses at the end whose means are compared.")] = 50,
+    budget: Annotated[float, typer.Option(min=0, help="Seconds after which no run is begun; 0: no limit.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Also write the result, with date and hardware, here.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Loss curves of the fused training path and of the reference, from one seed and from several."""
+    from bitquest.benchmarks.hardware import describe
+    from bitquest.benchmarks.loss_curves import CurveSettings, compare_curves
+    from bitquest.benchmarks.results import check_place, write_result
+    from bitquest.ops.backend import resolve_backend
+
+    resolve_backend(backend)
+    if out is not None:
+        check_place(out)
+    settings = CurveSettings(preset, scheme, steps, batch, context, seeds=seeds, last=last)
+
+    def on_run(name: str, mean: float) -> None:
+        err.print(f"{name}: {mean:.4f} nats, mean of the last {last} steps", highlight=False)
+
+    result = compare_curves(data, settings, backend, budget, on_run)
+    command = (
+        f"bitquest bench loss-curves --data {data} --preset {preset} --scheme {scheme} --backend {backend} "
+        f"--steps {steps} --batch {batch} --context {context} --seeds {seeds} --last {last}"
+    )
+    if out is not None:
+        write_result(out, command, result)
+    if json:
+        print_json_object("bench loss-curves", {"hardware": describe(), **result})
+    else:
+        told = {True: "yes", False: "no", None: "unknown: not every run was made"}[result["within_spread"]]
+        err.print(f"within the spread of the references: {told}", highlight=False)
+    if result["within_spread"] is False:
+        raise typer.Exit(1)
