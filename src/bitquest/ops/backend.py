@@ -70,6 +70,10 @@ def _probe(backend: Backend) -> tuple[bool, str]:
     match backend:
         case Backend.TRITON:
             return _triton()
+        case Backend.NATIVE:
+            from bitquest.ops.native import availability
+
+            return availability()
         case Backend.TORCH:
             return True, "exact integers through torch's int8 matrix product; runs wherever torch does"
     return False, "not in this version"
@@ -81,7 +85,23 @@ def backend_report() -> tuple[BackendReport, ...]:
     return tuple(BackendReport(b.value, *_probe(b)) for b in Backend if b != Backend.AUTO)
 
 
-_MAKERS: dict[Backend, Callable[[], Engine]] = {Backend.TORCH: TorchEngine}
+def _native_engine() -> Engine:
+    from bitquest.ops.native_engine import NativeEngine
+
+    return NativeEngine()
+
+
+def _triton_engine() -> Engine:
+    from bitquest.ops.triton.engine import TritonEngine
+
+    return TritonEngine()
+
+
+_MAKERS: dict[Backend, Callable[[], Engine]] = {
+    Backend.TRITON: _triton_engine,
+    Backend.NATIVE: _native_engine,
+    Backend.TORCH: TorchEngine,
+}
 
 
 @cache
