@@ -1,0 +1,89 @@
+"""b1_wgmma.cu itself, compiled by g++ against the model of Hopper in hopper_model/, against exact products."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bitquest.numerics.packing import pack
+from bitquest.ops.cuda.hopper import OUTPUTS, TILES, Tile, plan
+from bitquest.ops.cuda.planes import plane_sums, planes_of
+
+HERE = Path(__file__).parent
+KERNELS = HERE.parents[2] / "src" / "bitquest" / "ops" / "cuda" / "kernels"
+
+
+def build(main: str, macros: tuple[str, ...], folder: Path) -> Path:
+    """The model's program, compiled."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++: the kernels cannot be compiled for the CPU")
+    made = folder / Path(main).stem
+    command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    command += ["-Wno-clobbered", f"-I{HERE / 'hopper_model'}", f"-I{KERNELS}", *macros]
+    built = subprocess.run(
+        [*command, str(HERE / "hopper_model" / main), "-o", str(made)], capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stderr
+    return made
+
+
+def run(program: Path, parts: list[np.ndarray]) -> bytes:
+    """The program's output; its complaint is the failure."""
+    ended = subprocess.run([str(program)], input=b"".join(part.tobytes() for part in parts), capture_output=True)
+    assert ended.returncode == 0, f"{ended.returncode}: {ended.stderr.decode()[-2000:]}"
+    return ended.stdout
+
+
+def padded(planes: torch.Tensor) -> np.ndarray:
+    """Planes in rows of whole 16 bytes, garbage behind the last: the copy engine must not read it."""
+    return np.pad(planes.numpy(), ((0, 0), (0, 0), (0, -planes.shape[-1] % 16)), constant_values=0xFF)
+
+
+def check(program: Path, tile: Tile, bits: tuple[int, int], out: torch.dtype, shape: tuple[int, int, int], seed: int):
+    """One product under the model, every result compared. `seed` draws data, order of events and their lateness."""
+    tokens, channels, width = shape
+    generator = torch.Generator().manual_seed(seed)
+    operands = []
+    for rows, b in ((tokens, bits[0]), (channels, bits[1])):
+        codes = torch.randint(-(2 ** (b - 1)), 2 ** (b - 1), (rows, width), generator=generator, dtype=torch.int8)
+        planes = planes_of(pack(codes, b), b, width)
+        operands.append((2 * codes.double() + 1, padded(planes), plane_sums(planes, width)))
+    (x, x_rows, x_sums), (w, w_rows, w_sums) = operands
+    x_step, w_step, bias = (torch.randn(n, generator=generator) for n in (tokens, channels, channels))
+    made = plan(tokens, channels, width, bits, OUTPUTS[out], tile, multiprocessors=4)
+    geometry = [made.steps, made.tile_rows, made.tile_columns, made.grid, made.shared_bytes, made.x_box, made.w_box]
+    head = np.array([*shape, x_rows.shape[2], w_rows.shape[2], seed % 3 > 0, seed, *geometry], dtype=np.int32)
+    floats = [values.numpy() for values in (x_step, w_step, x_sums, w_sums, bias)]
+    output = bytearray(run(program, [head, x_rows, w_rows, *floats]))
+    dot = x @ w.t()
+    expected = dot.to(torch.int32)
+    if out != torch.int32:
+        value = dot.float() * (x_step * 0.25).unsqueeze(1) * w_step
+        expected = (value + bias if seed % 3 else value).to(out)
+    assert torch.equal(torch.frombuffer(output, dtype=out).reshape(tokens, channels), expected)
+
+
+WIDE, SPLIT, NARROW, SMALL = TILES
+# Tile, bits of (x, w), type of y, shapes (T, N, K): tails of every kind, several tiles a block, one step and many.
+CASES = (
+    (WIDE, (1, 1), torch.bfloat16, ((300, 400, 1300), (1, 8, 1), (520, 600, 6200))),
+    (SPLIT, (2, 2), torch.int32, ((513, 200, 1030),)),
+    (NARROW, (2, 1), torch.float16, ((70, 131, 2050), (257, 1, 129))),
+    (SMALL, (1, 2), torch.float32, ((65, 257, 1024), (600, 33, 24))),
+    (WIDE._replace(cluster=1), (2, 2), torch.bfloat16, ((129, 200, 640),)),
+)
+
+
+@pytest.mark.parametrize(("tile", "bits", "out", "shapes"), CASES, ids=lambda value: str(value).replace("torch.", ""))
+def test_products_are_exact_whatever_comes_late(tile, bits, out, shapes, tmp_path):
+    whole = {channels % 8 == 0 for _, channels, _ in shapes}
+    for is_whole in whole:
+        macros = plan(1, 8 if is_whole else 1, 1, bits, OUTPUTS[out], tile, multiprocessors=4).options
+        program = build("b1_main.cpp", macros, tmp_path)
+        for shape in shapes:
+            for seed in range(4):
+                if (shape[1] % 8 == 0) == is_whole:
+                    check(program, tile, bits, out, shape, seed)
