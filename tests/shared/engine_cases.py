@@ -74,7 +74,7 @@ def check_packed(backend: str, device: torch.device, name: str, tokens: int, wid
     reference = PackedLinear.of(layer, backend="torch").to(device)
     packed = PackedLinear.of(layer.to(device), backend=backend)
     assert near(packed(x), reference(x), 1e-5)
-    for dtype, tolerance in ((torch.bfloat16, 6e-3), (torch.float16, 1e-3)):
+    for dtype, tolerance in ((torch.bfloat16, 8e-3), (torch.float16, 1e-3)):  # one ulp: the interpreter cuts bfloat16
         assert near(packed(x.to(dtype)).float(), reference(x.to(dtype)).float(), tolerance)
 
 
