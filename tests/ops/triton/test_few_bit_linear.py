@@ -19,8 +19,9 @@ from bitquest.ops.triton.few_bit_linear import a8_linear, b1_vector, packed_sums
 from bitquest.ops.triton.tuning import Config
 
 LOPSIDED = CodebookGrid("lopsided", (-1.0, -0.25, 0.5, 2.0))
+FEW_GRIDS = (UniformGrid(1), UniformGrid(4), TERNARY, FP4)
 GRIDS: tuple[Grid, ...] = (*(UniformGrid(bits) for bits in (1, 2, 4, 8)), TERNARY, FP4, LOPSIDED)
-SHAPES = ((1, 3, 5), (2, 33, 136), (3, 17, 257), (5, 9, 96), (9, 35, 500))
+SHAPES = ((1, 3, 5), (2, 33, 136), (3, 16, 257), (5, 9, 96), (9, 17, 300))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float32, torch.bfloat16)
 
 
@@ -90,18 +91,17 @@ def test_integers_are_exact(grid: Grid, shape: tuple[int, int, int], device: tor
     assert torch.equal(run_a8(x, w, device), reference_a8(x, w))
 
 
-@pytest.mark.parametrize("x_grid", [UniformGrid(1), UniformGrid(4), UniformGrid(7), TERNARY, FP4], ids=str)
+@pytest.mark.parametrize("x_grid", [UniformGrid(1), UniformGrid(7), TERNARY, FP4], ids=str)
 @pytest.mark.parametrize("tokens", [1, 6])
 def test_activations_of_any_grid_with_integers(x_grid: Grid, tokens: int, device: torch.device) -> None:
     x, w = operand(x_grid, tokens, 160, seed=3), operand(UniformGrid(2), 9, 160, seed=4)
     assert torch.equal(run_a8(x, w, device), reference_a8(x, w))
 
 
-@pytest.mark.parametrize(("tokens", "x_groups"), [(1, 2), (7, 1)])
-@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize(("tokens", "x_groups", "size"), [(1, 2, 32), (1, 1, 128), (7, 1, 64)])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_integers_of_groups_are_exact(grid: Grid, size: int, x_groups: int, tokens: int, device: torch.device) -> None:
-    width = 256 if grid.bits == 8 else 384
+def test_integers_of_groups_are_exact(grid: Grid, tokens: int, x_groups: int, size: int, device: torch.device) -> None:
+    width = 256
     x = operand(UniformGrid(8), tokens, width, width // size if x_groups > 1 else 1, seed=5)
     w = operand(grid, 18, width, width // size, seed=6)
     assert torch.equal(run_a8(x, w, device), reference_a8(x, w))
@@ -140,7 +140,7 @@ def test_bias_types_and_a_step_for_all(tokens: int, dtype: torch.dtype, device: 
 def test_sums_of_packed_weights(device: torch.device) -> None:
     for grid in GRIDS:
         for width, groups in ((77, 1), (384, 12), (256, 2)):
-            w = operand(grid, 34 if grid.bits == 1 else 3, width, seed=13)
+            w = operand(grid, 34 if width == 77 else 3, width, seed=13)
             assert torch.equal(packed_sums(w.packed.to(device), width, grid, groups).cpu(), w.sums(groups))
 
 
@@ -153,16 +153,16 @@ def test_given_sums_are_used(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize("groups", [1, 4])
 def test_shared_rows_give_the_same_bits(
     tokens: int, groups: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Programs that share a row add up to what one program gives, and twice the same."""
-    x, w = operand(UniformGrid(8), tokens, 1024, seed=16), operand(UniformGrid(4), 12, 1024, groups, seed=17)
-    h = torch.randn(tokens, 1024, generator=torch.Generator().manual_seed(18)).to(device)
+    x, w = operand(UniformGrid(8), tokens, 512, seed=16), operand(UniformGrid(4), 12, 512, groups, seed=17)
+    h = torch.randn(tokens, 512, generator=torch.Generator().manual_seed(18)).to(device)
     packed, step = w.packed.to(device), w.step.to(device)
     results = []
-    for split in (1, 1, 3, 8):
+    for split in (1, 3, 3):
         few = (Config(1, 16, 64, warps=8, split=split),)
         batch = (Config(8, 16, 64, split=split),)
         monkeypatch.setattr(few_bit_linear, "few_candidates", lambda *a, few=few: few)
@@ -171,11 +171,10 @@ def test_shared_rows_give_the_same_bits(
         floats = weight_only_linear(h, packed, step, w.grid, out_dtype=torch.float32).cpu()
         results.append(floats)
     assert all(torch.equal(made, reference_a8(x, w)) for made in results[::2])
-    assert torch.equal(results[1], results[3])
+    assert torch.equal(results[3], results[5])
     if groups == 1:
-        assert torch.equal(results[1], results[5])
-        assert torch.equal(results[1], results[7])
-    torch.testing.assert_close(results[7], results[1], rtol=1e-5, atol=1e-4)
+        assert torch.equal(results[1], results[3])  # integers, however they are added
+    torch.testing.assert_close(results[3], results[1], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "shape"), list(zip(DTYPES, SHAPES, strict=True)))
@@ -199,11 +198,11 @@ def _exact(x: Tensor, w: Operand) -> Tensor:
     return x.double() @ (levels.unflatten(-1, (groups, -1)) * w.step.double().unsqueeze(-1)).flatten(1).t()
 
 
-@pytest.mark.parametrize(("tokens", "size"), [(1, 32), (2, 128), (6, 64)])
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize(("tokens", "size"), [(1, 32), (2, 128), (3, 64)])
+@pytest.mark.parametrize("grid", FEW_GRIDS, ids=str)
 def test_weight_only_with_groups(grid: Grid, size: int, tokens: int, device: torch.device) -> None:
-    x = torch.randn(tokens, 384, generator=torch.Generator().manual_seed(21))
-    w = operand(grid, 18, 384, 384 // size, seed=22, exact=False)
+    x = torch.randn(tokens, 256, generator=torch.Generator().manual_seed(21))
+    w = operand(grid, 18, 256, 256 // size, seed=22, exact=False)
     bias = torch.linspace(-1, 1, 18)
     made = weight_only_linear(
         x.to(device), w.packed.to(device), w.step.to(device), grid, bias=bias.to(device), out_dtype=torch.float32
@@ -272,6 +271,13 @@ def test_rows_that_begin_anywhere(device: torch.device) -> None:
     store[1:] = w.packed.flatten()
     w.packed = store.to(device)[1:].view(7, 32)
     assert torch.equal(run_a8(x, w, device), expected)
+
+    w = operand(UniformGrid(8), 5, 64, seed=32)
+    shifted = torch.zeros(2 * 64 + 3, dtype=torch.int8, device=device)[3:].view(2, 64)
+    shifted.copy_(x.factors)
+    there = [a.to(device) for a in (x.step, x.sums(1), w.packed, w.step)]
+    made = a8_linear(shifted, *there, x.form, w.grid, out_dtype=torch.float32)
+    assert torch.equal(made.cpu(), reference_a8(x, w))
 
 
 def test_what_is_refused(device: torch.device) -> None:

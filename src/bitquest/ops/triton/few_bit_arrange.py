@@ -20,11 +20,11 @@ DIGITS = 3
 
 
 class Arranged(NamedTuple):
-    """values: int8 (rows·digits, P, run). step: float32 (rows, groups). sums: int32 (rows·digits, groups)."""
+    """values: int8 (T·digits, P, run). step: float32 (T, 1). sums: int32 (T·digits, groups), or None."""
 
     values: Tensor
     step: Tensor
-    sums: Tensor
+    sums: Tensor | None
     digits: int
 
 
@@ -33,11 +33,16 @@ def run_length(length: int, bits: int) -> int:
     return -(-length * bits // 128) * 16
 
 
+def begins_on_words(x: Tensor) -> bool:
+    """Whether bytes may be viewed as words, and read 16 at a time."""
+    return x.data_ptr() % 16 == 0 and x.storage_offset() % 4 == 0
+
+
 def arrange(x_a: Tensor, bits: int) -> Tensor:
     """int8 (T, P, run) of int8 factors (T, K)."""
     tokens, width = x_a.shape
     fields, run = 8 // bits, run_length(width, bits)
-    if fields == 1 and run == width:
+    if fields == 1 and run == width and begins_on_words(x_a):
         return x_a
     out = torch.empty(tokens, fields, run, dtype=torch.int8, device=x_a.device)
     block = min(1024, triton.next_power_of_2(run))
@@ -46,18 +51,24 @@ def arrange(x_a: Tensor, bits: int) -> Tensor:
 
 
 def digits_of(x_h: Tensor, bits: int, groups: int) -> Arranged:
-    """Digits, scales (T, 1) and sums over `groups` parts of every row of float x_h (T, K)."""
+    """Digits and scales of every row of float x_h (T, K), and sums over `groups` parts of a row (0: no sums).
+
+    Programs share a row where they need no sum over it; each finds its largest value by itself.
+    """
     tokens, width = x_h.shape
     fields, run = 8 // bits, run_length(width, bits)
     values = torch.empty(tokens * DIGITS, fields, run, dtype=torch.int8, device=x_h.device)
     step = torch.empty(tokens, 1, dtype=torch.float32, device=x_h.device)
-    sums = torch.empty(tokens * DIGITS, groups, dtype=torch.int32, device=x_h.device)
-    block = min(4096 // fields, triton.next_power_of_2(run))
-    size = width // groups
-    part = size // fields if groups > 1 else block  # bytes of a run that share a sum; a group is whole bytes
-    _digits[(tokens,)](
-        x_h, values, step, sums, width, run, groups, FIELDS=fields, BLOCK=max(block, part), PART=part, num_warps=8
-    )
+    sums = torch.empty(tokens * DIGITS, groups, dtype=torch.int32, device=x_h.device) if groups else None
+    block = min(2048 // fields, triton.next_power_of_2(run))
+    part = width // groups // fields if groups > 1 else block  # bytes of a run that share a sum: whole ones
+    block = max(block, part)
+    programs = 1 if groups else triton.cdiv(run, block)
+    wide = min(16384, triton.next_power_of_2(width))
+    _digits[(tokens, programs)](
+        x_h, values, step, step if sums is None else sums, K=width, RUN=run, GROUPS=groups, FIELDS=fields, WIDE=wide,
+        BLOCK=block, PART=part, ALONE=programs == 1, num_warps=8 if wide < 16384 else 16,
+    )  # fmt: skip
     return Arranged(values, step, sums, DIGITS)
 
 
@@ -77,46 +88,47 @@ def _power_of_two(exponent):
 
 
 @triton.jit
-def _digits(
-    x_ptr, out_ptr, step_ptr, sums_ptr, K, run, groups, FIELDS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr
-):
+def _digits(x_ptr, out_ptr, step_ptr, sums_ptr, K: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr,
+            FIELDS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
+            ALONE: tl.constexpr):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
-    flat = tl.arange(0, FIELDS * BLOCK)
-    largest = tl.zeros((FIELDS * BLOCK,), tl.float32)
-    spoiled = tl.zeros((FIELDS * BLOCK,), tl.float32)
-    for k0 in range(0, K, FIELDS * BLOCK):
+    flat = tl.arange(0, WIDE)
+    largest = tl.zeros((WIDE,), tl.float32)
+    spoiled = tl.zeros((WIDE,), tl.float32)
+    for k0 in range(0, K, WIDE):
         x = tl.load(x_ptr + t * K + k0 + flat, mask=k0 + flat < K, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(x))
         spoiled += tl.where(tl.abs(x) < float("inf"), 0.0, float("nan"))
     biased = (tl.max(largest, axis=0).to(tl.int32, bitcast=True) >> 23) & 255
     exponent = tl.minimum(tl.maximum(biased - 126, -100), 127)
     scale = _power_of_two(22 - exponent)
-    tl.store(step_ptr + t, _power_of_two(exponent - 22) + tl.sum(spoiled, axis=0))
+    if tl.program_id(1) == 0:
+        tl.store(step_ptr + t, _power_of_two(exponent - 22) + tl.sum(spoiled, axis=0))
 
     field = tl.arange(0, FIELDS)[:, None]
-    column = tl.arange(0, BLOCK)
-    parts: tl.constexpr = BLOCK // PART
-    which = tl.arange(0, 4)
-    d_sum = tl.zeros((4, parts), tl.int32)
-    for byte0 in range(0, run, BLOCK):
-        byte = (byte0 + column)[None, :]
+    which = tl.arange(0, 4)[:, None]
+    sums = tl.zeros((4, BLOCK // PART), tl.int32)
+    first = 0 if ALONE else tl.program_id(1) * BLOCK
+    for byte0 in range(first, RUN if ALONE else first + BLOCK, BLOCK):
+        byte = (byte0 + tl.arange(0, BLOCK))[None, :]
         k = byte * FIELDS + field
         x = tl.load(x_ptr + t * K + k, mask=k < K, other=0.0).to(tl.float32)
         rest = tl.floor(tl.where(tl.abs(x) < float("inf"), x, 0.0) * scale + 0.5).to(tl.int32)
-        if groups > 1:  # a block holds whole groups
-            d_sum = tl.zeros((4, parts), tl.int32)
+        if GROUPS > 1:  # a block holds whole groups
+            sums = tl.zeros((4, BLOCK // PART), tl.int32)
         for i in tl.static_range(3):
             digit = rest
             if i < 2:
                 digit = ((rest + 128) & 255) - 128
                 rest = (rest - digit) >> 8
             row = t * 3 + (2 - i)
-            tl.store(out_ptr + (row * FIELDS + field) * run + byte, digit.to(tl.int8), mask=byte < run)
-            part = tl.sum(tl.reshape(tl.sum(digit, axis=0), (parts, PART)), axis=1)
-            d_sum += tl.where(which[:, None] == 2 - i, part[None, :], 0)
-        if groups > 1:
-            g = byte0 // PART + tl.arange(0, parts)[None, :]
-            there = (which[:, None] < 3) & (g < groups)
-            tl.store(sums_ptr + (t * 3 + which[:, None]) * groups + g, d_sum, mask=there)
-    if groups == 1:
-        tl.store(sums_ptr + t * 3 + which, tl.sum(d_sum, axis=1), mask=which < 3)
+            tl.store(out_ptr + (row * FIELDS + field) * RUN + byte, digit.to(tl.int8), mask=byte < RUN)
+            if GROUPS > 0:
+                part = tl.sum(tl.reshape(tl.sum(digit, axis=0), (BLOCK // PART, PART)), axis=1)
+                sums += tl.where(which == 2 - i, part[None, :], 0)
+        if GROUPS > 1:
+            g = byte0 // PART + tl.arange(0, BLOCK // PART)[None, :]
+            tl.store(sums_ptr + (t * 3 + which) * GROUPS + g, sums, mask=(which < 3) & (g < GROUPS))
+    if GROUPS == 1:
+        rows = tl.arange(0, 4)
+        tl.store(sums_ptr + t * 3 + rows, tl.sum(sums, axis=1), mask=rows < 3)

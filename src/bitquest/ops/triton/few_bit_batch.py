@@ -29,7 +29,10 @@ def _scaled(sums, x_step_ptr, x_sums_ptr, w_step_ptr, w_sums_ptr, t, n, inside, 
     t, n = t.to(tl.int64), n.to(tl.int64)
     x_sum = ()
     for d in tl.static_range(DIGITS):
-        x_sum = x_sum + (tl.load(x_sums_ptr + (t * DIGITS + d) * GROUPS)[None, :],)
+        if FORM[1] == 0:
+            x_sum = x_sum + (0,)
+        else:
+            x_sum = x_sum + (tl.load(x_sums_ptr + (t * DIGITS + d) * GROUPS)[None, :],)
     w_sum = 0
     if FORM[4] != 0:
         w_sum = tl.load(w_sums_ptr + n * GROUPS, mask=inside, other=0)[:, None]
@@ -42,7 +45,7 @@ def _scaled(sums, x_step_ptr, x_sums_ptr, w_step_ptr, w_sums_ptr, t, n, inside, 
 def small_batch(w_ptr, x_ptr, out_ptr, x_step_ptr, x_sums_ptr, w_step_ptr, w_sums_ptr, bias_ptr, T, N, unit,
                 steps_a_split, K: tl.constexpr, WIDTH: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr,
                 X_RATIO: tl.constexpr, W_RATIO: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr,
-                TABLE: tl.constexpr, FORM: tl.constexpr, BT: tl.constexpr, DIGITS: tl.constexpr, BN: tl.constexpr,
+                VALUES: tl.constexpr, FORM: tl.constexpr, BT: tl.constexpr, DIGITS: tl.constexpr, BN: tl.constexpr,
                 BB: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr,
                 ASM: tl.constexpr):  # fmt: skip
     """out (T, N), or its parts, as few_bit_kernels.few_tokens; BT tokens a program. With groups, BB bytes are one."""
@@ -70,7 +73,7 @@ def small_batch(w_ptr, x_ptr, out_ptr, x_step_ptr, x_sums_ptr, w_step_ptr, w_sum
             for _ in tl.static_range(DIGITS):
                 sums = sums + (tl.zeros((BN, BT), tl.int32),)
         for k in tl.static_range(P):
-            v = field_of_bytes(w, k, BITS, FIELDS, TABLE, ASM)
+            v = field_of_bytes(w, k, BITS, FIELDS, VALUES, ASM)
             made = ()
             for d in tl.static_range(DIGITS):
                 x = _x_tile(x_ptr, t, T, column, last, d, k, DIGITS, RUN, P)

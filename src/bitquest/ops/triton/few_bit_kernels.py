@@ -25,10 +25,10 @@ def _zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TYPE:
 
 @triton.jit
 def _times(sums, w, x_rows, column, live, RUN: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr,
-           TABLE: tl.constexpr, POPCOUNT: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+           VALUES: tl.constexpr, POPCOUNT: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
     """sums + weights × activations: a tuple with one int32 (rows, words) for each row of x. POPCOUNT: xor and count."""
     for k in tl.static_range(1 if POPCOUNT else 8 // BITS):
-        v = w if POPCOUNT else field_of_words(w, k, BITS, FIELDS, TABLE, ASM)
+        v = w if POPCOUNT else field_of_words(w, k, BITS, FIELDS, VALUES, ASM)
         made = ()
         for c in tl.static_range(len(sums)):
             x = tl.load(x_rows[c] + k * (RUN // 4) + column, mask=live, other=0)[None, :]
@@ -65,6 +65,8 @@ def _scaled_groups(totals, sums, first, n, inside, row, t0, T, x_step_ptr, x_sum
             a = a + (_group_sums(sums[c * DIGITS + d], SPAN),)
             if POPCOUNT:
                 x_sum = x_sum + (tl.full((1, 1), SIZE, tl.int32),)
+            elif FORM[1] == 0:
+                x_sum = x_sum + (0,)
             else:
                 at = x_sums_ptr + row[c * DIGITS + d] * GROUPS + g
                 x_sum = x_sum + (tl.load(at, mask=known, other=0)[None, :],)
@@ -78,7 +80,7 @@ def _scaled_groups(totals, sums, first, n, inside, row, t0, T, x_step_ptr, x_sum
 def few_tokens(w_ptr, x_ptr, out_ptr, x_step_ptr, x_sums_ptr, w_step_ptr, w_sums_ptr, bias_ptr, T, N, unit,
                steps_a_split, K: tl.constexpr, WIDTH: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr,
                X_RATIO: tl.constexpr, W_RATIO: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr,
-               TABLE: tl.constexpr, FORM: tl.constexpr, TOKENS: tl.constexpr, DIGITS: tl.constexpr, BN: tl.constexpr,
+               VALUES: tl.constexpr, FORM: tl.constexpr, TOKENS: tl.constexpr, DIGITS: tl.constexpr, BN: tl.constexpr,
                BW: tl.constexpr, ALIGNED: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr,
                POPCOUNT: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
     """out (T, N), or its parts: int32 (SPLIT, T·DIGITS, N) of whole rows, float32 (SPLIT, T, N) of groups.
@@ -111,7 +113,7 @@ def few_tokens(w_ptr, x_ptr, out_ptr, x_step_ptr, x_sums_ptr, w_step_ptr, w_sums
         ahead = words(w_ptr, w_rows, column + BW, inside, last, WIDTH, ALIGNED)
         if GROUPED:
             sums = _zeros(TOKENS * DIGITS, BN, BW, tl.int32)
-        sums = _times(sums, w, x_rows, column, column < last, RUN, BITS, FIELDS, TABLE, POPCOUNT, ASM)
+        sums = _times(sums, w, x_rows, column, column < last, RUN, BITS, FIELDS, VALUES, POPCOUNT, ASM)
         if GROUPED:
             totals = _scaled_groups(totals, sums, at, n, inside, row, t0, T, x_step_ptr, x_sums_ptr, w_step_ptr,
                                     w_sums_ptr, unit, GROUPS, SIZE, SPAN, FORM, DIGITS, X_RATIO, W_RATIO,
@@ -147,7 +149,12 @@ def scaled_row(a, x_step_ptr, x_sums_ptr, w_step_ptr, w_sums_ptr, unit, t, n, T,
     t = tl.minimum(t, T - 1).to(tl.int64)
     x_sum = ()
     for d in tl.static_range(DIGITS):
-        x_sum = x_sum + ((tl.full((1,), K, tl.int32) if POPCOUNT else tl.load(x_sums_ptr + t * DIGITS + d)),)
+        if POPCOUNT:
+            x_sum = x_sum + (tl.full((1,), K, tl.int32),)
+        elif FORM[1] == 0:
+            x_sum = x_sum + (0,)
+        else:
+            x_sum = x_sum + (tl.load(x_sums_ptr + t * DIGITS + d),)
     w_sum = 0
     if FORM[4] != 0:
         w_sum = tl.load(w_sums_ptr + n, mask=n < N, other=0)
@@ -180,7 +187,7 @@ def add_parts(parts_ptr, out_ptr, x_step_ptr, x_sums_ptr, w_step_ptr, w_sums_ptr
 
 @triton.jit
 def weight_sums(w_ptr, out_ptr, N, K: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr,
-                FIELDS: tl.constexpr, TABLE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
+                FIELDS: tl.constexpr, VALUES: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
                 DOWN: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, ALIGNED: tl.constexpr,
                 ASM: tl.constexpr):  # fmt: skip
     """out int32 (N, GROUPS): Σ of SCALE·v/2^DOWN + SHIFT over each group of a row."""
@@ -200,7 +207,7 @@ def weight_sums(w_ptr, out_ptr, N, K: tl.constexpr, WIDTH: tl.constexpr, GROUPS:
             ones = tl.zeros((BW,), tl.int32)
             for i in tl.static_range(4):
                 ones |= tl.where((column * 4 + i) * P + k < K, 1 << (8 * i), 0)
-            sums = dot4(field_of_words(w, k, BITS, FIELDS, TABLE, ASM), ones[None, :], sums, ASM)
+            sums = dot4(field_of_words(w, k, BITS, FIELDS, VALUES, ASM), ones[None, :], sums, ASM)
         if GROUPS > 1:
             g = at // SPAN + tl.arange(0, BW // SPAN)[None, :]
             total = (_group_sums(sums, SPAN) >> DOWN) * SCALE + SHIFT * SIZE

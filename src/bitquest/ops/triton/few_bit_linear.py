@@ -16,10 +16,10 @@ Limits of one token, counted for an H200 (132 SMs, 1.755 GHz, 4.3 TB/s as copies
     floor             109 µs   55 µs   27 µs   14 µs   6.8 µs
     weights / cycle   9.3      18.6    37      74      149    needed of each SM to keep up with the memory
 
-Four weights take one LOP3 and at most one shift (half of which run as multiplications), and one dp4a for each column;
-logic and dp4a issue 64 lanes a cycle each, in different pipes if what is known of Ampere holds. That allows about 170
-weights a cycle for one int8 column and 85 for the three digits: predicted W1A8 9 µs, W2A8 15 µs, and weight-only W4
-28 µs, W2 15 µs, W1 13 µs, each with 2 to 4 µs before it for rounding and arranging the activations.
+Four weights take one LOP3, at most one shift (two of three of which ptxas makes multiplications) and one dp4a for each
+column; logic and dp4a issue 64 lanes a cycle each, in different pipes if what is known of Ampere holds. That allows
+about 170 weights a cycle for one int8 column and 85 for the three digits: predicted W1A8 9 µs, W2A8 15 µs, and
+weight-only W4 28 µs, W2 15 µs, W1 13 µs, each with 2 to 4 µs before it for rounding and arranging the activations.
 """
 
 from typing import NamedTuple
@@ -32,13 +32,14 @@ from bitquest.errors import ConfigError
 from bitquest.numerics.grids import Grid, UniformGrid
 from bitquest.numerics.integers import IntegerForm
 from bitquest.numerics.packing import packed_width
-from bitquest.ops.triton.few_bit_arrange import arrange, digits_of, run_length
+from bitquest.ops.triton.few_bit_arrange import arrange, begins_on_words, digits_of, run_length
 from bitquest.ops.triton.few_bit_batch import small_batch
 from bitquest.ops.triton.few_bit_forms import WeightForm, weight_form
 from bitquest.ops.triton.few_bit_kernels import add_parts, few_tokens, weight_sums
 from bitquest.ops.triton.tuning import Config, best_config, bucket
 
 _EXACT_WIDTH = 2**17  # (−2^7)·(−2^7)·2^17 is the first sum that an int32 does not hold
+_MOST_TOKENS = 65535  # the second axis of a grid
 _GROUP_SIZES = (32, 64, 128)
 _SHARED_BYTES = 96 * 1024  # of sm_89; on sm_90 two programs of an SM share twice as much
 _PROGRAMS = 264  # two for each of the 132 SMs of an H100 or H200
@@ -58,7 +59,7 @@ def weight_only_linear(
     if not shape.tokens or not shape.channels:
         return torch.empty(shape.tokens, shape.channels, dtype=out_dtype, device=x_h.device)
     weights = weight_form(grid)
-    made = digits_of(x_h.contiguous(), weights.bits, shape.groups)
+    made = digits_of(x_h.contiguous(), weights.bits, shape.groups if weights.shift else 0)
     form = (weights.scale, weights.shift, weights.down, 1, 0, 1, 0)
     return _launch(shape, weights, form, made.values, made.digits, made.step, made.sums, packed, w_step, None,
                    weights.form.unit, bias, out_dtype)  # fmt: skip
@@ -80,10 +81,11 @@ def a8_linear(
     """x Wᵀ (T, N) from int8 factors x_a (T, K) of any grid with integers and packed weights (N, ⌈K·bits/8⌉) of `grid`.
 
     x_step: float32 (T, 1) or (T, groups); w_step: float32 (N, 1), (N, groups) or (1, 1), the finer grouping a
-    subdivision of the coarser; G is the finer. x_sums: int32 (T, G), Σ x_a of each group; another shape or None: summed
-    here. w_sums: int32 (N, G), Σ of the weights' int8 factors, used where the activations have an offset (8 bits) and
-    summed here, with one more pass over the weights, if None: keep `packed_sums` of a layer. bias: (N,), any float
-    type. Raises ConfigError for what the kernels cannot do.
+    subdivision of the coarser; G is the finer. bias: (N,), any float type.
+    x_sums: int32 (T, G), Σ x_a of each group, used where the weights have 8 bits or are ternary; another shape or None:
+    summed here. w_sums: int32 (N, G), Σ of the weights' int8 factors, used where the activations have 8 bits; None:
+    summed here, with one more pass over the weights, so keep `packed_sums` of a layer.
+    Raises ConfigError for what the kernels cannot do.
     """
     if x_a.dtype != torch.int8:
         raise ConfigError(f"activation factors must be int8, not {x_a.dtype}")
@@ -91,7 +93,9 @@ def a8_linear(
     if not shape.tokens or not shape.channels:
         return torch.empty(shape.tokens, shape.channels, dtype=out_dtype, device=x_a.device)
     weights = weight_form(grid)
-    if x_sums is None or x_sums.shape != (shape.tokens, shape.groups):
+    if not weights.shift:
+        x_sums = None
+    elif x_sums is None or x_sums.shape != (shape.tokens, shape.groups):
         x_sums = x_a.unflatten(-1, (shape.groups, -1)).sum(-1, dtype=torch.int32)
     if x_form.offset and (w_sums is None or w_sums.shape != (shape.channels, shape.groups)):
         w_sums = packed_sums(packed, shape.width, grid, shape.groups)
@@ -115,7 +119,7 @@ def packed_sums(packed: Tensor, width: int, grid: Grid, groups: int = 1) -> Tens
     factors = weights.form.factor == 1  # of 8 bits the factor is c itself
     weight_sums[(triton.cdiv(channels, 32),)](
         packed.view(torch.int32) if aligned else packed, sums, channels, K=width, WIDTH=packed.shape[1], GROUPS=groups,
-        BITS=weights.bits, FIELDS=weights.fields, TABLE=weights.table, SCALE=weights.scale if factors else 1,
+        BITS=weights.bits, FIELDS=weights.fields, VALUES=weights.values, SCALE=weights.scale if factors else 1,
         SHIFT=weights.shift if factors else 0, DOWN=weights.down, BN=32, BW=128, ALIGNED=aligned, ASM=_asm(),
         num_warps=8,
     )  # fmt: skip
@@ -141,11 +145,11 @@ def b1_vector(
     shape = _shape(x_bits, w_bits, UniformGrid(1), w_step.shape[-1], x_step.shape[-1], out_dtype, width=K)
     if not shape.tokens or not shape.channels:
         return torch.empty(shape.tokens, shape.channels, dtype=out_dtype, device=x_bits.device)
-    run = run_length(K, 1)
-    if x_bits.shape[1] != run or x_bits.data_ptr() % 16:
-        x_bits = torch.nn.functional.pad(x_bits, (0, run - x_bits.shape[1]))
+    x_bits = x_bits.contiguous()
+    if x_bits.shape[1] != run_length(K, 1) or not begins_on_words(x_bits):
+        x_bits = torch.nn.functional.pad(x_bits, (0, run_length(K, 1) - x_bits.shape[1]))  # a copy in any case
     form = (-2, 1, 0, 1, 0, 1, 0)
-    return _launch(shape, weight_form(UniformGrid(1)), form, x_bits.contiguous(), 1, x_step, None, w_bits, w_step, None,
+    return _launch(shape, weight_form(UniformGrid(1)), form, x_bits, 1, x_step, None, w_bits, w_step, None,
                    0.25, bias, out_dtype, popcount=True)  # fmt: skip
 
 
@@ -175,6 +179,8 @@ def _shape(
     _check_packed(packed, width, bits)
     if x.device != packed.device:
         raise ConfigError(f"activations are on {x.device}, weights on {packed.device}")
+    if x.shape[0] > _MOST_TOKENS:
+        raise ConfigError(f"the few-bit kernels take up to {_MOST_TOKENS} tokens at a time, not {x.shape[0]}")
     if out_dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ConfigError(f"results are float32, bfloat16 or float16, not {out_dtype}")
     return _Shape(x.shape[0], packed.shape[0], width, groups, groups // x_groups, groups // w_groups)
@@ -200,7 +206,7 @@ def _asm() -> bool:
 
 
 def _aligned(packed: Tensor) -> bool:
-    return packed.shape[1] % 4 == 0 and packed.data_ptr() % 16 == 0
+    return packed.shape[1] % 4 == 0 and begins_on_words(packed)
 
 
 def _launch(
@@ -230,7 +236,7 @@ def _launch(
         common = {
             "K": width, "WIDTH": packed.shape[1], "RUN": run_length(width, weights.bits), "GROUPS": groups,
             "X_RATIO": x_ratio, "W_RATIO": w_ratio, "BITS": weights.bits, "FIELDS": weights.fields,
-            "TABLE": weights.table, "FORM": form, "DIGITS": digits, "BN": config.block_n, "SPLIT": split,
+            "VALUES": weights.values, "FORM": form, "DIGITS": digits, "BN": config.block_n, "SPLIT": split,
             "HAS_BIAS": bias is not None, "ASM": _asm(), "num_warps": config.warps,
         }  # fmt: skip
         if batch:
@@ -240,6 +246,7 @@ def _launch(
             aligned = _aligned(packed)
             few_tokens[place](packed.view(torch.int32) if aligned else packed, x.view(torch.int32), to, *scales, steps,
                               TOKENS=config.block_t, BW=block_bytes // 4, ALIGNED=aligned, POPCOUNT=popcount,
+                              maxnreg=None if groups > 1 else 128,  # two programs an SM
                               **common)  # fmt: skip
         if split > 1:
             add_parts[(triton.cdiv(channels, 256), tokens)](
@@ -250,8 +257,8 @@ def _launch(
     if batch:
         candidates = batch_candidates(bucket(tokens), channels, packed.shape[1], weights.bits, digits, group_bytes)
     else:
-        candidates = few_candidates(tokens, few, channels, packed.shape[1])
-    key = (bucket(tokens), channels, width, weights.bits, digits, groups, bool(weights.table), popcount)
+        candidates = few_candidates(bucket(tokens), few, channels, packed.shape[1])
+    key = (bucket(tokens), channels, width, weights.bits, digits, groups, len(weights.values), popcount)
     run(best_config("few_bit_batch" if batch else "few_bit_tokens", key, candidates, run))
     return out
 

@@ -2,6 +2,7 @@
 """What the few-bit kernels share: reading words, cutting fields out of them, multiplying by four, and the last scaling.
 
 ASM: inline PTX, which Triton's interpreter cannot run; without it the same in plain operations.
+VALUES, FIELDS: of few_bit_forms.WeightForm.
 FORM: (scale, shift, down, x factor, x offset, w factor, w offset): levels are Σ over a scale group of
 (scale·v/2^down + shift)·(x factor·a + x offset) with v from few_bit_forms.WeightForm and a the activations' integers.
 """
@@ -30,19 +31,19 @@ def words(w_ptr, rows, column, inside, last, WIDTH: tl.constexpr, ALIGNED: tl.co
 
 
 @triton.jit
-def _value(u, BITS: tl.constexpr, TABLE: tl.constexpr):
-    """What `fields` of few_bit_forms gives for a code u, in plain operations."""
-    if len(TABLE) == 0:
-        value = (u - 2 ** (BITS - 1)) * 2 ** (8 - BITS)
+def _value(u, VALUES: tl.constexpr):
+    """What `fields` gives for a code u, in plain operations."""
+    if len(VALUES) == 2:
+        value = u * VALUES[1] + VALUES[0]
     else:
         value = u * 0
-        for i in tl.static_range(2**BITS):
-            value = tl.where(u == i, TABLE[i], value)
+        for i in tl.static_range(len(VALUES)):
+            value = tl.where(u == i, VALUES[i], value)
     return value
 
 
 @triton.jit
-def field_of_words(w, k: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr, TABLE: tl.constexpr,
+def field_of_words(w, k: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr, VALUES: tl.constexpr,
                    ASM: tl.constexpr):  # fmt: skip
     """Field k of each byte of int32 words as four signed bytes of an int32."""
     if ASM:
@@ -51,18 +52,18 @@ def field_of_words(w, k: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr,
         v = tl.zeros_like(w)
         for i in tl.static_range(4):
             u = (w >> (8 * i + k * BITS)) & (2**BITS - 1)
-            v |= (_value(u, BITS, TABLE) & 255) << (8 * i)
+            v |= (_value(u, VALUES) & 255) << (8 * i)
     return v
 
 
 @triton.jit
-def field_of_bytes(w, k: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr, TABLE: tl.constexpr,
+def field_of_bytes(w, k: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr, VALUES: tl.constexpr,
                    ASM: tl.constexpr):  # fmt: skip
     """Field k of int8 bytes as int8, four bytes at a time."""
     if ASM:
         v = tl.inline_asm_elementwise(FIELDS[k], "=r,r", [w], dtype=tl.int8, is_pure=True, pack=4)
     else:
-        v = _value((w.to(tl.int32) >> (k * BITS)) & (2**BITS - 1), BITS, TABLE).to(tl.int8)
+        v = _value((w.to(tl.int32) >> (k * BITS)) & (2**BITS - 1), VALUES).to(tl.int8)
     return v
 
 
@@ -99,7 +100,8 @@ def differing(w, x, a, ASM: tl.constexpr):
 def whole(a, x_sum, w_sum, SIZE: tl.constexpr, FORM: tl.constexpr, DIGITS: tl.constexpr, WIDE: tl.constexpr):
     """The exact integer Σ of SIZE products of levels, in float32, from tuples of one or three digits.
 
-    a: int32 (…), Σ v·a. x_sum: int32, Σ a. w_sum: int32, Σ of the weight's integers, read where x has an offset.
+    a: int32 (…), Σ v·a. x_sum: int32, Σ a, used where FORM has a shift. w_sum: int32, Σ of the weight's integers, used
+    where x has an offset.
     WIDE: in int64, else in float32 where digits are put together and in int32 where there is one.
     """
     total = _affine(a[0], x_sum[0], FORM, WIDE)
@@ -121,8 +123,11 @@ def _affine(a, x_sum, FORM: tl.constexpr, WIDE: tl.constexpr):
     a = a >> FORM[2]  # exact: every product is a multiple of 2^down
     if WIDE:
         a = a.to(tl.int64)
-        x_sum = x_sum.to(tl.int64)
-    return a * FORM[0] + x_sum * FORM[1]
+    if FORM[1] != 0:
+        a = a * FORM[0] + x_sum.to(a.dtype) * FORM[1]
+    elif FORM[0] != 1:
+        a = a * FORM[0]
+    return a
 
 
 @triton.jit
