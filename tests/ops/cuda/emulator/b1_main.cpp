@@ -1,4 +1,4 @@
-// Runs b1_sums and b1_mma under the emulator: seven int32 and the operands on standard input, y on standard output.
+// Runs b1_sums and b1_mma under the emulator: a launch on standard input, its result on standard output.
 #include <b1_sums.cu>
 #include <b1_mma.cu>
 
@@ -23,32 +23,44 @@ T* as(const Bytes& bytes) {
   return reinterpret_cast<T*>(bytes.get());
 }
 
-Bytes sums_of(const u8* bits, int rows, int width, i64 pitch, unsigned seed) {
-  Bytes sums = allocate(4 * rows);
-  for (int index = 0; index < (rows + 3) / 4; ++index) {
-    emulator::run_block(index, 128, 0, seed, [&] { b1_sums(bits, as<int>(sums), rows, width, pitch); });
-  }
-  return sums;
-}
+// `rows` rows as far apart as the kernel is told, and nothing behind the last.
+Bytes read_rows(int rows, i64 pitch, int width) { return read_bytes((rows - 1) * pitch + (width + 7) / 8); }
+
+Bytes read_row_values(bool given, int rows) { return given ? read_bytes(4 * rows) : nullptr; }
+
+int write(const Bytes& bytes, std::size_t count) { return std::fwrite(bytes.get(), 1, count, stdout) == count ? 0 : 1; }
 
 int main() {
-  const Bytes head = read_bytes(7 * 4);
-  const int *values = as<const int>(head), tokens = values[0], channels = values[1], width = values[2];
-  const i64 x_pitch = values[3], w_pitch = values[4];
-  const bool has_bias = values[5];
-  const unsigned seed = values[6];
-  const Bytes x = read_bytes(tokens * x_pitch), w = read_bytes(channels * w_pitch);
-  const Bytes x_step = read_bytes(4 * tokens), w_step = read_bytes(4 * channels), bias = read_bytes(4 * channels);
-  const Bytes x_sums = sums_of(x.get(), tokens, width, x_pitch, seed);
-  const Bytes w_sums = sums_of(w.get(), channels, width, w_pitch, seed);
-  const std::size_t bytes = static_cast<std::size_t>(tokens) * channels * OUT_BYTES;
+  // What is launched, with what grid, and the kernel's own arguments; flags say which arrays are given.
+  const Bytes head = read_bytes(13 * 4);
+  const int* values = as<const int>(head);
+  const unsigned seed = values[0];
+  const int blocks = values[2], threads = values[3], shared_bytes = values[4];
+  const int rows = values[5], channels = values[6], width = values[7];
+  const i64 x_pitch = values[8], w_pitch = values[9];
+  const bool has_steps = values[10], has_bias = values[11], has_sums = values[12];
+  const Bytes x = read_rows(rows, x_pitch, width);
+  if (values[1] == 0) {
+    const Bytes sums = allocate(4 * rows);
+    for (int index = 0; index < blocks; ++index) {
+      emulator::run_block(index, threads, shared_bytes, seed,
+                          [&] { b1_sums(x.get(), as<int>(sums), rows, width, x_pitch); });
+    }
+    return write(sums, 4 * rows);
+  }
+  if (threads != THREADS) emulator::fail("the kernel is made for another number of threads", threads);
+  if (shared_bytes != SHARED_BYTES) emulator::fail("the kernel takes another size of shared memory", SHARED_BYTES);
+  const Bytes w = read_rows(channels, w_pitch, width);
+  const Bytes x_step = read_row_values(has_steps, rows), w_step = read_row_values(has_steps, channels);
+  const Bytes bias = read_row_values(has_bias, channels);
+  const Bytes x_sums = read_row_values(has_sums, rows), w_sums = read_row_values(has_sums, channels);
+  const std::size_t bytes = static_cast<std::size_t>(rows) * channels * OUT_BYTES;
   const Bytes out = allocate(bytes);
-  const int blocks = (tokens + BLOCK_M - 1) / BLOCK_M * ((channels + BLOCK_N - 1) / BLOCK_N);
   for (int index = 0; index < blocks; ++index) {
-    emulator::run_block(index, THREADS, SHARED_BYTES, seed, [&] {
-      b1_mma(x.get(), w.get(), out.get(), as<float>(x_step), as<float>(w_step), has_bias ? as<float>(bias) : nullptr,
-             as<int>(x_sums), as<int>(w_sums), tokens, channels, width, x_pitch, w_pitch);
+    emulator::run_block(index, threads, shared_bytes, seed, [&] {
+      b1_mma(x.get(), w.get(), out.get(), as<float>(x_step), as<float>(w_step), as<float>(bias), as<int>(x_sums),
+             as<int>(w_sums), rows, channels, width, x_pitch, w_pitch);
     });
   }
-  return std::fwrite(out.get(), 1, bytes, stdout) == bytes ? 0 : 1;
+  return write(out, bytes);
 }

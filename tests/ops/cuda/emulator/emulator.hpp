@@ -211,7 +211,7 @@ void store(std::uint32_t shared, const T& value) {
 
 inline void start_copy(std::uint32_t shared, const void* global, int bytes) {
   if (reinterpret_cast<std::uintptr_t>(global) % 16 != 0) fail("a copy from an address that is no multiple of 16");
-  if (bytes != 0 && bytes != 16) fail("a copy of neither 0 nor 16 bytes", bytes);
+  if (bytes < 0 || bytes > 16) fail("a copy of more than 16 bytes", bytes);
   check(shared, 16, true);
   std::memset(block->shared.get() + shared, 0xA5, 16);
   for (int i = 0; i < 4; ++i) block->words[shared / 4 + i].in_flight = true;

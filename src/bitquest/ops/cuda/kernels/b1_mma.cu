@@ -8,7 +8,7 @@
 // The units count popc(x AND w) or popc(x XOR w). With a = ±1, P = the count and Σa the row sums of the integers:
 //   XOR:  dot = K − 2·P                      sm_80, sm_86, sm_89: one BMMA
 //   AND:  dot = 4·P − Σa_x − Σa_w − K        sm_90: one BMMA, where XOR would take two and logic on the operands
-// Bits past K are zero in both operands and count nothing.
+// Bits past K are zero in both operands, those past the last byte of a row by cp.async, and count nothing.
 //
 // Compiled with: BLOCK_M BLOCK_N WARP_M WARP_N BLOCK_K STAGES MIN_BLOCKS, USE_AND (0, 1) and OUT, the result's type:
 // 0 int32 (dot itself), 1 float32, 2 bfloat16, 3 float16 (dot · (x_step/4) · w_step + bias in float32, rounded once).
@@ -42,18 +42,19 @@ static_assert(THREADS / 32 * STAGING_BYTES <= RING_BYTES, "the results are stage
 // Where chunk `chunk` of row `row` of a tile lies in it.
 DEVICE u32 swizzled(int row, int chunk) { return row * BLOCK_K + (chunk ^ row * CHUNKS / 8 % CHUNKS) * 16; }
 
-// Starts copying BLOCK_K bytes, from chunk `begin` on, of rows [first, first + ROWS) to a tile; zeros beyond the matrix.
+// Starts copying BLOCK_K bytes, from byte `begin` on, of rows [first, first + ROWS) to a tile; zeros beyond the matrix.
 template <int ROWS>
-DEVICE void copy_tile(u32 tile, const u8* matrix, int first, int rows, i64 pitch, int begin, int chunks) {
+DEVICE void copy_tile(u32 tile, const u8* matrix, int first, int rows, i64 pitch, int begin, int row_bytes) {
   const int chunk = threadIdx.x % CHUNKS;
-  const bool in_row = begin + chunk < chunks;
-  const u8* source = matrix + (in_row ? begin + chunk : 0) * 16;
+  const int left = row_bytes - begin - chunk * 16;  // of the row, from this chunk on
+  const int bytes = left < 0 ? 0 : left < 16 ? left : 16;
+  const u8* source = matrix + (bytes > 0 ? begin + chunk * 16 : 0);
 #pragma unroll
   for (int step = 0; step < (ROWS + CHUNK_STEP - 1) / CHUNK_STEP; ++step) {
     const int row = threadIdx.x / CHUNKS + step * CHUNK_STEP;
     if (ROWS % CHUNK_STEP != 0 && row >= ROWS) break;
-    const bool inside = in_row && first + row < rows;
-    copy_async_16(tile + swizzled(row, chunk), source + (inside ? first + row : 0) * pitch, inside ? 16 : 0);
+    const bool inside = first + row < rows;
+    copy_async_16(tile + swizzled(row, chunk), source + (inside ? first + row : 0) * pitch, inside ? bytes : 0);
   }
 }
 
@@ -154,8 +155,8 @@ DEVICE void write_rows(u8* out, u32 staging, i64 first_row, int first_column, in
   }
 }
 
-// x: tokens rows of x_pitch bytes, w: channels rows of w_pitch bytes; both begin on 16 bytes, pitches are multiples of
-// 16, bits from `width` on are zero. Steps float32, sums int32 (read only with AND), bias float32 or null: one per row.
+// x: tokens rows of ⌈width/8⌉ bytes, x_pitch apart, w: channels rows of as many, w_pitch apart; all begin on multiples
+// of 16 bytes; spare bits are zero. Steps float32, sums int32 (read only with AND), bias float32 or null: one per row.
 // One block per tile of y, in blockIdx.x; neighbours in time share rows of w (8 tiles high, then the next column).
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     b1_mma(const u8* x, const u8* w, u8* out, const float* x_step, const float* w_step, const float* bias,
@@ -167,12 +168,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   const int in_band = static_cast<int>(blockIdx.x) - band * 8 * wide;
   const int first_row = (band * 8 + in_band % band_high) * BLOCK_M, first_column = in_band / band_high * BLOCK_N;
 
-  const int chunks = (width + 127) / 128;
-  const int tiles = (chunks + CHUNKS - 1) / CHUNKS;
+  const int row_bytes = (width + 7) / 8;
+  const int tiles = (row_bytes + BLOCK_K - 1) / BLOCK_K;
   const auto copy = [&](int tile) {
     const u32 stage = ring + tile % STAGES * STAGE_BYTES;
-    copy_tile<BLOCK_M>(stage, x, first_row, tokens, x_pitch, tile * CHUNKS, chunks);
-    copy_tile<BLOCK_N>(stage + X_TILE_BYTES, w, first_column, channels, w_pitch, tile * CHUNKS, chunks);
+    copy_tile<BLOCK_M>(stage, x, first_row, tokens, x_pitch, tile * BLOCK_K, row_bytes);
+    copy_tile<BLOCK_N>(stage + X_TILE_BYTES, w, first_column, channels, w_pitch, tile * BLOCK_K, row_bytes);
   };
   for (int tile = 0; tile < STAGES - 1; ++tile) {
     if (tile < tiles) copy(tile);

@@ -14,7 +14,7 @@ extern __shared__ __align__(128) u8 dynamic_shared[];
 
 DEVICE u32 shared_begin() { return static_cast<u32>(__cvta_generic_to_shared(dynamic_shared)); }
 
-// Copies `bytes` (0 or 16) from global to shared memory and fills up to 16 with zeros. Past the L1, asynchronous.
+// Copies `bytes` (0 to 16) from global to shared memory and fills up to 16 with zeros. Past the L1, asynchronous.
 DEVICE void copy_async_16(u32 shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(__cvta_generic_to_global(global)),
                "r"(bytes)
