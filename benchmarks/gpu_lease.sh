@@ -100,7 +100,7 @@ tests=(-m pytest -m gpu -q ${dry:+--collect-only} -o filterwarnings=default -o c
 places=()
 for place in tests/ops tests/nn tests/models tests/inference tests/benchmarks; do [ -d $place ] && places+=("$place"); done
 parallel=()
-if [ -z "$dry" ] && "$python" -c 'import xdist' 2>/dev/null; then parallel=(-n 8); fi
+if [ -z "$dry" ] && "$python" -c 'import xdist' 2>/dev/null; then parallel=(-n 12); fi
 export BITQUEST_TUNE=0 # no time for it there, and its answers would be wrong beside other work
 run "GPU tests" 200 60 "$python" "${tests[@]}" "${parallel[@]}" "${places[@]}" > "$out/tests.txt" 2>&1
 code=$?

@@ -71,7 +71,8 @@ def check_packed(layer: PackedLinear, x: Tensor) -> dict[str, Any]:
         if y.dtype != x.dtype or y.shape != (x.shape[0], layer.out_features):
             raise WrongResultError(f"the output is {y.dtype} {tuple(y.shape)}")
         if layer.activation_spec is None:
-            require("output, norms", relative_error(y, _weight_only(layer, x)), FLOAT_ERROR, checks)
+            expected_y = _with_bias(_weight_only(layer, x), layer)
+            require("output, norms", relative_error(y, expected_y), FLOAT_ERROR, checks)
             return checks
         made, expected = layer.encode_input(x), encode(x, layer.activation_spec, layer.rotation)
         assert made is not None
@@ -81,11 +82,15 @@ def check_packed(layer: PackedLinear, x: Tensor) -> dict[str, Any]:
         require("codes of the input, levels apart", int(apart.max()), 1, checks)
         allowed = max(FLIPPED.get(layer.activation_spec.bits, FLIPPED_ELSE), 2 / apart.numel())
         require("codes of the input, share that differs", float((apart > 0).float().mean()), allowed, checks)
-        product = _exact(layer, made.codes, made.step)
+        product = _with_bias(_exact(layer, made.codes, made.step), layer)
         room = BF16_ERROR * product.abs() + 1e-5 * product.square().mean().sqrt()
         worst = ((y.float() - product).abs() / room).nan_to_num(float("inf"), float("inf")).max()
         require("output, in units of its rounding", float(worst), 1.0, checks)
     return checks
+
+
+def _with_bias(product: Tensor, layer: PackedLinear) -> Tensor:
+    return product if layer.bias is None else product + layer.bias.float()
 
 
 def _weight_only(layer: PackedLinear, x: Tensor) -> Tensor:

@@ -130,22 +130,29 @@ def _b1(side: int, name: str) -> Callable[[Context], float]:
     def measure(context: Context) -> float:
         if context.device.type != "cuda":
             raise ConfigError("the 1-bit kernels need a CUDA device")
-        product = _b1_product(name)
 
         def made() -> Tensor:
             bits = torch.empty(side, side // 8, dtype=torch.uint8, device=context.device)
             return bits.random_(0, 256, generator=context.generator)
 
-        pairs = [(made(), made()) for _ in range(2)]
-        calls = [_call(lambda x, w: product(x, w, side), x, w) for x, w in pairs]
-        return 2 * side**3 / _median(calls, context) / 1e12
+        call = _mma if name == "mma" else _wgmma
+        return 2 * side**3 / _median([call(made(), made(), side) for _ in range(2)], context) / 1e12
 
     return measure
 
 
-def _b1_product(name: str) -> Callable[[Tensor, Tensor, int], Tensor]:
-    """The launcher of one 1-bit kernel. Raises ConfigError where this version has none."""
-    raise ConfigError(f"no launcher of the {name} kernel in this version")
+def _mma(x_bits: Tensor, w_bits: Tensor, width: int) -> Call:
+    from bitquest.ops.cuda.b1_mma import b1_product
+
+    return lambda: b1_product(x_bits, w_bits, width)
+
+
+def _wgmma(x_bits: Tensor, w_bits: Tensor, width: int) -> Call:
+    from bitquest.ops.cuda.planes import plane_sums, planes_of, planes_product
+
+    x, w = planes_of(x_bits, 1, width), planes_of(w_bits, 1, width)
+    x_sums, w_sums = plane_sums(x, width), plane_sums(w, width)
+    return lambda: planes_product(x, x_sums, w, w_sums, width)
 
 
 def _quantize(scheme: str, tokens: int, width: int, training: bool) -> Callable[[Context], float]:

@@ -30,16 +30,15 @@ def dense_rotation(width: int, block: int) -> Tensor:
 
 def fit_and_mask(v: Tensor, spec: Quantizer) -> Tensor:
     """Rotated rows quantized; the gradient passes where |v| is within the estimator's range."""
-    grid = spec.grid
-    scale = v.square().mean(-1, keepdim=True).sqrt() * grid.clip_multiplier + EPSILON
-    step = 2 * scale / (2**grid.bits - 1)
-    clipped = torch.minimum(torch.maximum(v, -scale), scale)
-    code = torch.round(clipped / step + 0.5) - 1
-    level = step * (code + 0.5)
-    reach = spec.estimator.range(grid)
-    if reach is None or len(reach) != 2:
+    grid, reach = spec.grid, spec.estimator.range(spec.grid)
+    if reach is None:
         raise ConfigError(f"the paper's layer masks by a range of |x|, which {spec.estimator} is not")
-    trusted = (v.abs() <= step * reach[1]).to(v.dtype)
+    with torch.no_grad():  # the scale, the codes and the mask are constants to autograd
+        scale = v.square().mean(-1, keepdim=True).sqrt() * grid.clip_multiplier + EPSILON
+        step = 2 * scale / (2**grid.bits - 1)
+        code = torch.round(torch.minimum(torch.maximum(v, -scale), scale) / step + 0.5) - 1
+        level = step * (code + 0.5)
+        trusted = (v.abs() <= step * reach[1]).to(v.dtype)
     passing = v * trusted
     result: Tensor = passing + (level - passing).detach()
     return result
