@@ -213,11 +213,18 @@ inline __m512i write(const Plan &plan, int64_t t, int64_t k, const Coded &made) 
     return a;
 }
 
+inline double to_magnitude(__m512i bits) {
+    const int32_t largest = _mm512_reduce_max_epi32(bits);
+    float value;
+    std::memcpy(&value, &largest, sizeof value);
+    return value;
+}
+
 // The first pass: rotates a row into `row` and returns the statistic of the whole of it.
 template <int Log, int32_t Dtype>
 double rotate_row(const bq_quantizer &q, const Reader<Dtype> &reader, float *row) {
     __m512d totals[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()};
-    __m512 largest = _mm512_setzero_ps();
+    __m512i largest = _mm512_setzero_si512();  // magnitudes as integers: ordered alike, and a NaN is above everything
     const int64_t width = reader.width;
     for (int64_t start = 0; start < width; start += kChunk) {
         __m512 x[8];
@@ -248,28 +255,28 @@ double rotate_row(const bq_quantizer &q, const Reader<Dtype> &reader, float *row
             totals[0] = _mm512_add_pd(totals[0], _mm512_cvtps_pd(_mm512_castps512_ps256(part)));
             totals[1] = _mm512_add_pd(totals[1], _mm512_cvtps_pd(_mm512_extractf32x8_ps(part, 1)));
         } else if (q.scale == BQ_SCALE_ABSMAX) {
-            for (const __m512 value : x) largest = _mm512_max_ps(_mm512_abs_ps(value), largest);
+            for (const __m512 value : x) largest = _mm512_max_epi32(largest, _mm512_castps_si512(_mm512_abs_ps(value)));
         }
     }
-    if (q.scale == BQ_SCALE_ABSMAX) return _mm512_reduce_max_ps(largest);
+    if (q.scale == BQ_SCALE_ABSMAX) return to_magnitude(largest);
     return _mm512_reduce_add_pd(_mm512_add_pd(totals[0], totals[1]));
 }
 
 // The statistic of one scale group of the rotated row.
 double group_statistic(const bq_quantizer &q, const float *row) {
     __m512d total = _mm512_setzero_pd();
-    __m512 largest = _mm512_setzero_ps();
+    __m512i largest = _mm512_setzero_si512();  // magnitudes as integers: ordered alike, and a NaN is above everything
     for (int64_t k = 0; k < q.group; k += kLanes) {
         const __m512 value = _mm512_load_ps(row + k);
         if (q.scale == BQ_SCALE_ABSMAX) {
-            largest = _mm512_max_ps(_mm512_abs_ps(value), largest);
+            largest = _mm512_max_epi32(largest, _mm512_castps_si512(_mm512_abs_ps(value)));
             continue;
         }
         const __m512 part = q.scale == BQ_SCALE_GAUSSIAN ? _mm512_mul_ps(value, value) : _mm512_abs_ps(value);
         total = _mm512_add_pd(total, _mm512_cvtps_pd(_mm512_castps512_ps256(part)));
         total = _mm512_add_pd(total, _mm512_cvtps_pd(_mm512_extractf32x8_ps(part, 1)));
     }
-    return q.scale == BQ_SCALE_ABSMAX ? _mm512_reduce_max_ps(largest) : _mm512_reduce_add_pd(total);
+    return q.scale == BQ_SCALE_ABSMAX ? to_magnitude(largest) : _mm512_reduce_add_pd(total);
 }
 
 // The step, from a statistic of unscaled values.

@@ -6,11 +6,12 @@
 
 #include "../kernels.h"
 #include "floats.h"
+#include "vector.h"
 
 namespace bq::BQ_SPACE {
 namespace {
 
-constexpr int64_t kChunk = 128;  // elements worked on at a time: the largest block of the rotation
+constexpr int64_t kChunk = 128;  // the largest block of the rotation
 
 void load_row(const void *x, int32_t dtype, int64_t offset, int64_t width, float *row) {
     switch (dtype) {
@@ -42,42 +43,43 @@ void store_row(void *out, int32_t dtype, int64_t offset, int64_t width, const fl
     }
 }
 
-// Sums of squares, of magnitudes, or the largest magnitude. Partial sums in float32 over 128 elements, then double:
+// Sum of squares, sum of magnitudes, or the largest magnitude. Partial sums in float32 over 128 elements, then double:
 // the result is good to a few units in the last place of a float32, whatever the width.
-double statistic(const float *x, int64_t count, int32_t scale) {
-    constexpr int kLanes = 16;
+template <int32_t Scale>
+double statistic_of(const float *x, int64_t count) {
     double total = 0;
-    float largest[kLanes] = {};
+    Integers most{};  // magnitudes as integers: ordered alike, and a NaN is above everything
     for (int64_t start = 0; start < count; start += kChunk) {
         const int64_t length = count - start < kChunk ? count - start : kChunk;
-        float part[kLanes] = {};
         const float *chunk = x + start;
+        Floats part = all(0);
         int64_t k = 0;
-        for (; k + kLanes <= length; k += kLanes) {
-            for (int i = 0; i < kLanes; ++i) {
-                const float value = chunk[k + i];
-                const float magnitude = std::fabs(value);
-                if (scale == BQ_SCALE_GAUSSIAN) part[i] += value * value;
-                else if (scale == BQ_SCALE_ABSMEAN) part[i] += magnitude;
-                else largest[i] = magnitude > largest[i] || magnitude != magnitude ? magnitude : largest[i];
-            }
+        for (; k + kWide <= length; k += kWide) {
+            const Floats value = load(chunk + k);
+            if constexpr (Scale == BQ_SCALE_GAUSSIAN) part += value * value;
+            if constexpr (Scale == BQ_SCALE_ABSMEAN) part += magnitude(value);
+            if constexpr (Scale == BQ_SCALE_ABSMAX) most = larger(most, as_integers(magnitude(value)));
         }
-        for (; k < length; ++k) {
-            const float value = chunk[k];
-            const float magnitude = std::fabs(value);
-            if (scale == BQ_SCALE_GAUSSIAN) part[0] += value * value;
-            else if (scale == BQ_SCALE_ABSMEAN) part[0] += magnitude;
-            else largest[0] = magnitude > largest[0] || magnitude != magnitude ? magnitude : largest[0];
+        if (k < length) {
+            float rest[kWide] = {};
+            std::memcpy(rest, chunk + k, static_cast<size_t>(length - k) * sizeof(float));
+            const Floats value = load(rest);
+            if constexpr (Scale == BQ_SCALE_GAUSSIAN) part += value * value;
+            if constexpr (Scale == BQ_SCALE_ABSMEAN) part += magnitude(value);
+            if constexpr (Scale == BQ_SCALE_ABSMAX) most = larger(most, as_integers(magnitude(value)));
         }
-        for (int i = 0; i < kLanes; ++i) total += static_cast<double>(part[i]);
+        for (int i = 0; i < kWide; ++i) total += static_cast<double>(part[i]);
     }
-    if (scale != BQ_SCALE_ABSMAX) return total;
-    double most = 0;
-    for (int i = 0; i < kLanes; ++i) {
-        const double lane = largest[i];
-        if (lane > most || lane != lane) most = lane;
-    }
-    return most;
+    if constexpr (Scale != BQ_SCALE_ABSMAX) return total;
+    int32_t largest = 0;
+    for (int i = 0; i < kWide; ++i) largest = most[i] > largest ? most[i] : largest;
+    return static_cast<double>(bits_to_float(static_cast<uint32_t>(largest)));
+}
+
+double statistic(const float *x, int64_t count, int32_t scale) {
+    if (scale == BQ_SCALE_ABSMEAN) return statistic_of<BQ_SCALE_ABSMEAN>(x, count);
+    if (scale == BQ_SCALE_ABSMAX) return statistic_of<BQ_SCALE_ABSMAX>(x, count);
+    return statistic_of<BQ_SCALE_GAUSSIAN>(x, count);
 }
 
 float step_of(const bq_quantizer &q, const float *x, int64_t count) {
@@ -101,70 +103,139 @@ void apply_prologue(const bq_prologue *prologue, int32_t dtype, int64_t row_inde
     }
 }
 
-// Blocks of the Sylvester-Hadamard transform, in place; width is a multiple of block.
-void rotate_row(float *row, int64_t width, int32_t block) {
-    if (block == 1) return;
-    for (int half = 1; half < block; half *= 2) {
-        for (int64_t start = 0; start < width; start += 2 * half) {
-            float *a = row + start;
-            float *b = a + half;
-            for (int i = 0; i < half; ++i) {
-                const float sum = a[i] + b[i];
-                b[i] = a[i] - b[i];
-                a[i] = sum;
-            }
+// Blocks of 2^Log of the Sylvester-Hadamard transform over one chunk, in registers as far as they reach.
+template <int Log>
+void rotate_chunk(float *row) {
+    constexpr int kParts = kChunk / kWide;
+    Floats x[kParts];
+    const Floats scale = all(static_cast<float>(1.0 / std::sqrt(static_cast<double>(1 << Log))));
+    for (int i = 0; i < kParts; ++i) {
+        x[i] = load(row + i * kWide);
+        if constexpr (Log >= 1) x[i] = butterfly<1>(x[i]);
+        if constexpr (Log >= 2) x[i] = butterfly<2>(x[i]);
+        if constexpr (Log >= 3 && kWide > 4) x[i] = butterfly<4>(x[i]);
+    }
+    for (int apart = 1; apart < (1 << Log) / kWide; apart *= 2) {
+        for (int i = 0; i < kParts; ++i) {
+            if ((i & apart) != 0) continue;
+            const Floats sum = x[i] + x[i + apart];
+            x[i + apart] = x[i] - x[i + apart];
+            x[i] = sum;
         }
     }
-    const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(block)));
-    for (int64_t k = 0; k < width; ++k) row[k] *= scale;
+    for (int i = 0; i < kParts; ++i) store(row + i * kWide, x[i] * scale);
+}
+
+// The rotation of a row in place; behind its end there is room up to the next multiple of a chunk, which is overwritten.
+void rotate_row(float *row, int64_t width, int32_t block) {
+    if (block == 1) return;
+    const int64_t padded = round_up(width, kChunk);
+    for (int64_t k = width; k < padded; ++k) row[k] = 0;
+    for (int64_t k = 0; k < width; k += kChunk) {
+        switch (block) {
+        case 2: rotate_chunk<1>(row + k); break;
+        case 4: rotate_chunk<2>(row + k); break;
+        case 8: rotate_chunk<3>(row + k); break;
+        case 16: rotate_chunk<4>(row + k); break;
+        case 32: rotate_chunk<5>(row + k); break;
+        case 64: rotate_chunk<6>(row + k); break;
+        default: rotate_chunk<7>(row + k); break;
+        }
+    }
 }
 
 // Adding and subtracting 1.5 * 2^23 rounds to an integer, ties to even, and leaves it in the low bits.
 constexpr float kRounder = 12582912.0f;
 
-// u = c + 2^(bits - 1) of up to 128 values in units of the step, and which of them the gradient passes.
-void encode_chunk(const bq_quantizer &q, const float *t, int64_t length, uint8_t *u, uint8_t *trusted) {
-    float nearest[kChunk];
+// The code u of values t in units of the step, and (where asked for) the level it stands for.
+inline Integers code_of(const bq_quantizer &q, Floats t, Floats *nearest) {
     if (q.levels != 0) {
-        for (int64_t k = 0; k < length; ++k) {
-            int index = 0;
-            for (int m = 0; m + 1 < q.levels; ++m) index += t[k] > q.middle[m];
-            u[k] = static_cast<uint8_t>(index);
-            nearest[k] = q.level[index];
+        Integers index{};
+        for (int m = 0; m + 1 < q.levels; ++m) {
+            const Integers beyond = t > all(q.middle[m]);
+            index -= beyond;  // a true lane is -1
+            if (nearest != nullptr) *nearest = choose(beyond, all(q.level[m + 1]), m == 0 ? all(q.level[0]) : *nearest);
         }
-    } else if (q.bits == 1) {
-        for (int64_t k = 0; k < length; ++k) {
-            u[k] = t[k] > 0;
-            nearest[k] = t[k] > 0 ? 0.5f : -0.5f;
-        }
-    } else {
-        const float half = static_cast<float>(1 << (q.bits - 1));
-        const int32_t shift = (1 << (q.bits - 1)) - 1;
-        for (int64_t k = 0; k < length; ++k) {
-            float up = t[k] + 0.5f;
-            up = up > 1 - half ? up : 1 - half;  // a NaN takes the lowest code
-            up = up < half ? up : half;
-            const float rounded = (up + kRounder) - kRounder;
-            u[k] = static_cast<uint8_t>(static_cast<int32_t>(rounded) + shift);
-            nearest[k] = rounded - 0.5f;
-        }
+        return index;
     }
-    if (trusted == nullptr) return;
-    if (q.mask == BQ_MASK_RANGE) {
-        for (int64_t k = 0; k < length; ++k) trusted[k] = (t[k] >= q.mask_low) & (t[k] <= q.mask_high);
-    } else {
-        for (int64_t k = 0; k < length; ++k) trusted[k] = std::fabs(nearest[k] - t[k]) <= q.mask_high;
+    if (q.bits == 1) {
+        const Integers above = t > all(0);
+        if (nearest != nullptr) *nearest = choose(above, all(0.5f), all(-0.5f));
+        return -above;
+    }
+    const Floats half = all(static_cast<float>(1 << (q.bits - 1)));
+    const Floats least = 1 - half;
+    Floats up = t + 0.5f;
+    up = choose(up > least, up, least);  // a NaN takes the lowest code
+    up = choose(up < half, up, half);
+    const Floats rounder = all(kRounder);
+    const Floats shifted = up + rounder;
+    if (nearest != nullptr) *nearest = (shifted - rounder) - 0.5f;
+    return as_integers(shifted) - as_integers(rounder) + ((1 << (q.bits - 1)) - 1);
+}
+
+// u = c + 2^(bits - 1) of `length` values x, and which of them the gradient passes, as bytes 0 and 1. Arrays and x reach
+// to the next multiple of kBytes.
+void encode(const bq_quantizer &q, const float *x, int64_t length, float step, uint8_t *u, uint8_t *trusted) {
+    const bool masked = trusted != nullptr;
+    const bool by_range = q.mask == BQ_MASK_RANGE;
+    // One bit is a sign: there the limits are multiplied instead of all values divided.
+    const bool one_bit = q.levels == 0 && q.bits == 1 && (!masked || by_range);
+    const Floats delta = all(one_bit ? 1 : step);
+    const Floats low = all(one_bit ? q.mask_low * step : q.mask_low);
+    const Floats high = all(one_bit ? q.mask_high * step : q.mask_high);
+    for (int64_t k = 0; k < length; k += kBytes) {
+        Integers codes[4];
+        Integers passes[4];
+        for (int i = 0; i < 4; ++i) {
+            const Floats value = load(x + k + i * kWide);
+            const Floats t = one_bit ? value : value / delta;
+            Floats nearest;
+            codes[i] = code_of(q, t, masked && !by_range ? &nearest : nullptr);
+            if (!masked) continue;
+            passes[i] = -(by_range ? (t >= low) & (t <= high) : magnitude(nearest - t) <= high);
+        }
+        store_bytes(u + k, codes);
+        if (masked) store_bytes(trusted + k, passes);
     }
 }
 
-// Bits of `length` small integers, least significant first; the last byte is filled up with zeros.
-void pack_chunk(const uint8_t *u, int64_t length, int bits, uint8_t *out) {
+// Bits of `length` small integers, least significant first; the last byte is filled up with zeros. u reaches to the next
+// multiple of eight. Eight at a time: neighbours are pushed together as bytes, then as pairs, then as fours.
+template <int Bits>
+void pack_bits(const uint8_t *u, int64_t length, uint8_t *out) {
+    constexpr uint64_t one = Bits < 8 ? (1ull << Bits) - 1 : 0xff;
+    constexpr uint64_t two = Bits < 8 ? (1ull << (2 * Bits)) - 1 : 0xffff;
+    constexpr uint64_t four = Bits < 8 ? (1ull << (4 * Bits)) - 1 : 0xffffffff;
     for (int64_t k = 0; k < length; k += 8) {
-        const int64_t here = length - k < 8 ? length - k : 8;
-        uint64_t word = 0;
-        for (int64_t i = 0; i < here; ++i) word |= static_cast<uint64_t>(u[k + i]) << (i * bits);
-        const int64_t bytes = (here * bits + 7) / 8;
-        for (int64_t i = 0; i < bytes; ++i) *out++ = static_cast<uint8_t>(word >> (8 * i));
+        uint64_t word;
+        std::memcpy(&word, u + k, sizeof word);
+        const int64_t here = length - k;
+        if (here < 8) word &= (1ull << (8 * here)) - 1;
+        if constexpr (Bits == 1) {  // byte i times 2^(56 - 7i) is bit i of the last byte
+            *out++ = static_cast<uint8_t>((word * 0x0102040810204080ull) >> 56);
+            continue;
+        }
+        word = (word & (one * 0x0001000100010001ull)) | ((word >> (8 - Bits)) & ((one << Bits) * 0x0001000100010001ull));
+        word = (word & (two * 0x0000000100000001ull)) |
+               ((word >> (16 - 2 * Bits)) & ((two << (2 * Bits)) * 0x0000000100000001ull));
+        if constexpr (Bits < 8) word = (word & four) | ((word >> (32 - 4 * Bits)) & (four << (4 * Bits)));
+        const int64_t bytes = here < 8 ? (here * Bits + 7) / 8 : Bits;
+        std::memcpy(out, &word, static_cast<size_t>(bytes));
+        out += bytes;
+    }
+}
+
+void pack(const uint8_t *u, int64_t length, int bits, uint8_t *out) {
+    switch (bits) {
+    case 1: return pack_bits<1>(u, length, out);
+    case 2: return pack_bits<2>(u, length, out);
+    case 3: return pack_bits<3>(u, length, out);
+    case 4: return pack_bits<4>(u, length, out);
+    case 5: return pack_bits<5>(u, length, out);
+    case 6: return pack_bits<6>(u, length, out);
+    case 7: return pack_bits<7>(u, length, out);
+    default: std::memcpy(out, u, static_cast<size_t>(length));
     }
 }
 
@@ -187,23 +258,19 @@ void quantize_row(const bq_quantizer &q, const bq_rows &r, int64_t t, float *row
     const int64_t groups = width / q.group;
     const int64_t packed_bytes = (width * q.bits + 7) / 8;
     const int64_t mask_bytes = (width + 7) / 8;
-    // A chunk never crosses a group; groups that are no multiple of 8 would share bytes of packed codes, so codes of a
-    // whole row are gathered first and packed after.
+    // Groups that are no multiple of 8 would share bytes of packed codes: a whole row is encoded, then packed.
     uint8_t *codes = reinterpret_cast<uint8_t *>(row + round_up(width, kChunk));
-    uint8_t *trusted = codes + round_up(width, kChunk);
+    uint8_t *trusted = codes + round_up(width, kChunk) + kBytes;
     for (int64_t g = 0; g < groups; ++g) {
         float *x = row + g * q.group;
         const float step = q.scale == BQ_SCALE_GIVEN ? r.given_step[t * r.given_stride + g] : step_of(q, x, q.group);
         if (r.step != nullptr) r.step[t * groups + g] = step;
-        for (int64_t k = 0; k < q.group; ++k) x[k] /= step;
-        for (int64_t k = 0; k < q.group; k += kChunk) {
-            const int64_t length = q.group - k < kChunk ? q.group - k : kChunk;
-            const int64_t at = g * q.group + k;
-            encode_chunk(q, x + k, length, codes + at, r.mask == nullptr ? nullptr : trusted + at);
-        }
+        // What reaches beyond the group writes codes there, which the next group overwrites: groups go in order.
+        const int64_t at = g * q.group;
+        encode(q, x, q.group, step, codes + at, r.mask == nullptr ? nullptr : trusted + at);
     }
-    if (r.packed != nullptr) pack_chunk(codes, width, q.bits, r.packed + t * packed_bytes);
-    if (r.mask != nullptr) pack_chunk(trusted, width, 1, r.mask + t * mask_bytes);
+    if (r.packed != nullptr) pack(codes, width, q.bits, r.packed + t * packed_bytes);
+    if (r.mask != nullptr) pack(trusted, width, 1, r.mask + t * mask_bytes);
     if (r.factors == nullptr && r.sums == nullptr) return;
     int8_t *a = r.factors != nullptr ? r.factors + t * width : reinterpret_cast<int8_t *>(trusted);
     factors_of(q, codes, width, a);
@@ -215,7 +282,10 @@ void quantize_row(const bq_quantizer &q, const bq_rows &r, int64_t t, float *row
     }
 }
 
-constexpr size_t row_bytes(int64_t width) { return static_cast<size_t>(width + kChunk) * (sizeof(float) + 2); }
+size_t row_bytes(int64_t width) {
+    const int64_t padded = round_up(width, kChunk);
+    return static_cast<size_t>(padded) * sizeof(float) + 2 * static_cast<size_t>(padded + kBytes);
+}
 
 }  // namespace
 

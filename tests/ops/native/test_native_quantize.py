@@ -166,6 +166,12 @@ def test_zeros_and_what_is_no_number(isa: str):
         for row in (0, 2):
             assert torch.equal(spoilt.packed[row], clean.packed[row])
         assert not spoilt.mask[1].any()
+        for scale in (GaussianMSE(), AbsMax()):
+            for granularity, groups in ((PerRow(), 1), (PerGroup(32), 2)):
+                quantizer = Quantizer(grid, granularity=granularity, scale=scale)
+                x[1, 9] = math.nan
+                step = native.quantize_rows(x[:, :64], quantizer, 1, frozenset({"packed"})).step
+                assert step.isnan().tolist() == [[row == 1 and g == 0 for g in range(groups)] for row in range(3)]
         codes = unpack(spoilt.packed, grid.bits, 70).int() + 2 ** (grid.bits - 1)
         assert (codes < 2**grid.bits).all()
 
