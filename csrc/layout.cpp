@@ -7,88 +7,184 @@ namespace {
 
 int32_t stored_bits(int32_t range) { return range < 2 ? 1 : range < 4 ? 2 : range < 16 ? 4 : 8; }
 
-// Word w of a packed row of `bytes` bytes; what lies beyond the row is zero.
-uint32_t row_word(const uint8_t *row, int64_t bytes, int64_t w) {
-    uint32_t word = 0;
-    const int64_t left = bytes - 4 * w;
-    if (left > 0) std::memcpy(&word, row + 4 * w, static_cast<size_t>(left < 4 ? left : 4));
-    return word;  // little-endian machines only, as the file format
-}
+constexpr uint16_t kNone = 0xffff;
 
-// The packed rows already are the words.
-bool rows_are_words(const bq_weight &w, const ProductLayout &l) {
-    return w.packed != nullptr && w.kept == nullptr && w.integer == nullptr && w.bits == l.bits &&
-           (l.planes == 0 || l.bits == 1) && (l.groups == 1 || l.size % 32 == 0);
-}
+// What a code or a factor becomes.
+struct Values {
+    uint16_t of_code[256];
+    uint16_t of_factor[256];  // by the factor as an unsigned byte; kNone: none of the grid's
+    uint16_t byte_sum[256];   // of the values side by side in a byte
 
-void put(uint32_t *block, const ProductLayout &l, int64_t element, uint32_t v) {
-    if (l.planes != 0) {
-        for (int32_t p = 0; p < l.bits; ++p) block[p * l.lanes] |= ((v >> p) & 1u) << element;
-        return;
+    Values(const bq_weight &w, const ProductLayout &l) {
+        const int32_t codes = 1 << w.bits;
+        for (int32_t i = 0; i < 256; ++i) {
+            of_code[i] = of_factor[i] = kNone;
+            byte_sum[i] = 0;
+            for (int32_t j = 0; j < 8; j += l.bits) {
+                byte_sum[i] = static_cast<uint16_t>(byte_sum[i] + ((i >> j) & ((1 << l.bits) - 1)));
+            }
+        }
+        for (int32_t u = 0; u < codes; ++u) {
+            const int32_t a = w.integer != nullptr ? w.integer[u] : w.bits == 8 ? u - 128 : 2 * u + 1 - codes;
+            of_code[u] = static_cast<uint16_t>((a - l.offset) / l.scale);
+            of_factor[static_cast<uint8_t>(a)] = of_code[u];
+        }
+        if (w.sparse != 0) of_factor[0] = static_cast<uint16_t>(-l.offset);
     }
-    const int64_t in_word = 32 / l.bits;
-    block[element / in_word * l.lanes] |= v << (element % in_word * l.bits);
+};
+
+// Codes u of a packed row, one a byte.
+void unpack_row(const uint8_t *row, int64_t bytes, int32_t bits, int64_t width, uint8_t *codes) {
+    const auto mask = static_cast<uint64_t>((1 << bits) - 1);
+    for (int64_t k = 0, at = 0; k < width; k += 8, at += bits) {  // eight codes are `bits` bytes
+        uint64_t word = 0;
+        const int64_t left = bytes - at;
+        std::memcpy(&word, row + at, static_cast<size_t>(left < 8 ? left : 8));  // little-endian machines only
+        const int64_t count = width - k < 8 ? width - k : 8;
+        for (int64_t i = 0; i < count; ++i, word >>= bits) codes[k + i] = static_cast<uint8_t>(word & mask);
+    }
+}
+
+uint64_t eight(const uint8_t *v) {
+    uint64_t word;
+    std::memcpy(&word, v, 8);
+    return word;
+}
+
+// Bit `plane` of 32 values.
+uint32_t plane_word(const uint8_t *v, int32_t plane) {
+    uint32_t word = 0;
+    for (int i = 0; i < 4; ++i) {  // the product brings bit 0 of byte j to bit 56 + j
+        const uint64_t bits = (eight(v + 8 * i) >> plane) & 0x0101010101010101u;
+        word |= static_cast<uint32_t>((bits * 0x0102040810204080u) >> 56) << (8 * i);
+    }
+    return word;
+}
+
+// 32 / bits values, side by side.
+uint32_t field_word(const uint8_t *v, int32_t bits) {
+    if (bits == 1) return plane_word(v, 0);
+    if (bits == 8) {
+        uint32_t word;
+        std::memcpy(&word, v, 4);
+        return word;
+    }
+    if (bits == 4) {
+        uint64_t x = eight(v);
+        x = (x | x >> 4) & 0x00ff00ff00ff00ffu;
+        x = (x | x >> 8) & 0x0000ffff0000ffffu;
+        return static_cast<uint32_t>(x | x >> 16);
+    }
+    uint32_t word = 0;
+    for (int half = 0; half < 2; ++half) {
+        uint64_t x = eight(v + 8 * half);
+        x = (x | x >> 6) & 0x000f000f000f000fu;
+        x = (x | x >> 12) & 0x000000ff000000ffu;
+        word |= static_cast<uint32_t>((x | x >> 24) & 0xffffu) << (16 * half);
+    }
+    return word;
 }
 
 class Filler {
   public:
     Filler(const bq_weight &weight, const ProductLayout &layout, uint8_t *payload)
-        : w_(weight), l_(layout), payload_(payload), group_words_(layout.blocks * layout.bits * layout.lanes) {}
+        : w_(weight), l_(layout), values_(weight, layout), payload_(payload) {}
+
+    int64_t scratch_bytes() const { return w_.width + 8 + l_.blocks * 32; }
 
     // False: a factor that is none of the grid's.
-    bool tile(int64_t tile, int8_t *factors) const {
-        auto *words = reinterpret_cast<uint32_t *>(payload_ + kLayoutBytes) + tile * l_.groups * group_words_;
-        std::memset(words, 0, static_cast<size_t>(l_.groups * group_words_) * 4);
-        auto *steps = reinterpret_cast<float *>(payload_ + l_.steps_at) + tile * l_.groups * l_.lanes;
-        std::memset(steps, 0, static_cast<size_t>(l_.groups * l_.lanes) * 4);
-        int32_t *sums = nullptr;
-        if (l_.has_sums != 0) {
-            sums = reinterpret_cast<int32_t *>(payload_ + l_.sums_at) + tile * l_.groups * l_.lanes;
-            std::memset(sums, 0, static_cast<size_t>(l_.groups * l_.lanes) * 4);
+    bool tile(int64_t tile, uint8_t *memory) const {
+        const int64_t tile_words = l_.groups * l_.blocks * l_.bits * l_.lanes;
+        const int64_t tile_scales = l_.groups * l_.lanes;
+        auto *words = reinterpret_cast<uint32_t *>(payload_ + kLayoutBytes) + tile * tile_words;
+        auto *steps = reinterpret_cast<float *>(payload_ + l_.steps_at) + tile * tile_scales;
+        auto *sums = reinterpret_cast<int32_t *>(payload_ + l_.sums_at) + tile * tile_scales;
+        if ((tile + 1) * l_.lanes > w_.channels) {  // lanes without a channel
+            std::memset(words, 0, static_cast<size_t>(tile_words) * 4);
+            std::memset(steps, 0, static_cast<size_t>(tile_scales) * 4);
+            if (l_.has_sums != 0) std::memset(sums, 0, static_cast<size_t>(tile_scales) * 4);
         }
         for (int64_t lane = 0; lane < l_.lanes; ++lane) {
             const int64_t n = tile * l_.lanes + lane;
             if (n >= w_.channels) break;
             for (int64_t g = 0; g < l_.groups; ++g) steps[g * l_.lanes + lane] = w_.step[n * l_.groups + g];
-            if (rows_are_words(w_, l_) && sums == nullptr) {
-                copy_row(words + lane, n);
-            } else {
-                weight_factors(w_, n, factors);
-                if (!factor_row(words + lane, factors, sums == nullptr ? nullptr : sums + lane)) return false;
-            }
+            if (!channel(words + lane, n, l_.has_sums != 0 ? sums + lane : nullptr, memory)) return false;
         }
         return true;
     }
 
   private:
-    void copy_row(uint32_t *to, int64_t n) const {
-        const int64_t bytes = (w_.width * w_.bits + 7) / 8;
-        const uint8_t *row = w_.packed + n * bytes;
-        const int64_t whole = bytes / 4;
-        for (int64_t w = 0; w < whole; ++w) std::memcpy(to + w * l_.lanes, row + 4 * w, 4);
-        if (bytes % 4 != 0) to[whole * l_.lanes] = row_word(row, bytes, whole);
+    // The packed row already is the words.
+    bool row_is_words() const {
+        return w_.packed != nullptr && w_.kept == nullptr && w_.integer == nullptr && w_.bits == l_.bits &&
+               (l_.planes == 0 || l_.bits == 1) && (l_.groups == 1 || l_.size % 32 == 0);
     }
 
-    bool factor_row(uint32_t *to, const int8_t *factors, int32_t *sums) const {
-        for (int64_t g = 0; g < l_.groups; ++g) {
-            uint32_t *group = to + g * group_words_;
-            int32_t sum = 0;
-            for (int64_t k = 0; k < l_.size; ++k) {
-                const int32_t scaled = factors[g * l_.size + k] - l_.offset;
-                const int32_t v = l_.scale == 2 ? scaled >> 1 : scaled;
-                if (v < 0 || v >= 1 << l_.bits || v * l_.scale != scaled) return false;
-                put(group + k / 32 * l_.bits * l_.lanes, l_, k % 32, static_cast<uint32_t>(v));
-                sum += v;
+    bool channel(uint32_t *words, int64_t n, int32_t *sums, uint8_t *memory) const {
+        const int64_t bytes = (w_.width * w_.bits + 7) / 8;
+        const uint8_t *row = w_.packed == nullptr ? nullptr : w_.packed + n * bytes;
+        if (row_is_words()) {
+            copy_row(words, row, bytes);
+            for (int64_t g = 0; g < l_.groups && sums != nullptr; ++g) {
+                const int64_t count = l_.groups == 1 ? bytes : l_.size * l_.bits / 8;
+                int32_t sum = 0;
+                for (int64_t i = 0; i < count; ++i) sum += values_.byte_sum[row[g * count + i]];
+                sums[g * l_.lanes] = sum;
             }
-            if (sums != nullptr) sums[g * l_.lanes] = sum;
+            return true;
+        }
+        uint8_t *v = memory;
+        if (row != nullptr) unpack_row(row, bytes, w_.bits, w_.width, v);
+        if (!map_row(row != nullptr ? v : reinterpret_cast<const uint8_t *>(w_.factors + n * w_.width), n, v)) return false;
+        uint8_t *padded = memory + w_.width + 8;
+        for (int64_t g = 0; g < l_.groups; ++g) {
+            std::memcpy(padded, v + g * l_.size, static_cast<size_t>(l_.size));
+            std::memset(padded + l_.size, 0, static_cast<size_t>(l_.blocks * 32 - l_.size));
+            if (sums != nullptr) {
+                int32_t sum = 0;
+                for (int64_t k = 0; k < l_.size; ++k) sum += padded[k];
+                sums[g * l_.lanes] = sum;
+            }
+            uint32_t *to = words + g * l_.blocks * l_.bits * l_.lanes;
+            for (int64_t w = 0; w < l_.blocks * l_.bits; ++w) {
+                const uint8_t *from = l_.planes != 0 ? padded + w / l_.bits * 32 : padded + w * (32 / l_.bits);
+                to[w * l_.lanes] = l_.planes != 0 ? plane_word(from, static_cast<int32_t>(w % l_.bits))
+                                                  : field_word(from, l_.bits);
+            }
         }
         return true;
     }
 
+    void copy_row(uint32_t *to, const uint8_t *row, int64_t bytes) const {
+        const int64_t whole = bytes / 4;
+        for (int64_t w = 0; w < whole; ++w) std::memcpy(to + w * l_.lanes, row + 4 * w, 4);
+        for (int64_t w = whole; w < l_.groups * l_.blocks * l_.bits; ++w) to[w * l_.lanes] = 0;
+        if (bytes % 4 != 0) {
+            uint32_t word = 0;
+            std::memcpy(&word, row + 4 * whole, static_cast<size_t>(bytes % 4));
+            to[whole * l_.lanes] = word;
+        }
+    }
+
+    // Codes or factors of channel n to v.
+    bool map_row(const uint8_t *from, int64_t n, uint8_t *v) const {
+        const uint16_t *table = w_.packed != nullptr ? values_.of_code : values_.of_factor;
+        const uint8_t *kept = w_.kept == nullptr || w_.packed == nullptr ? nullptr : w_.kept + n * w_.width;
+        const auto zero = static_cast<uint8_t>(-l_.offset);
+        uint16_t all = 0;
+        for (int64_t k = 0; k < w_.width; ++k) {
+            const uint16_t value = table[from[k]];
+            all |= value;
+            v[k] = static_cast<uint8_t>(value);
+        }
+        for (int64_t k = 0; k < w_.width && kept != nullptr; ++k) v[k] = kept[k] != 0 ? v[k] : zero;
+        return all < 256;
+    }
+
     const bq_weight &w_;
     const ProductLayout &l_;
+    const Values values_;
     uint8_t *payload_;
-    int64_t group_words_;
 };
 
 }  // namespace
@@ -139,10 +235,10 @@ int32_t fill_layout(const bq_weight &weight, const ProductLayout &layout, uint8_
     const Filler filler(weight, layout, payload);
     int32_t failed[256] = {};
     auto share = [&](int64_t begin, int64_t end, int thread) {
-        auto *factors = static_cast<int8_t *>(scratch(0, static_cast<size_t>(weight.width)));
-        if (factors == nullptr) failed[thread] = BQ_NO_MEMORY;
+        auto *memory = static_cast<uint8_t *>(scratch(0, static_cast<size_t>(filler.scratch_bytes())));
+        if (memory == nullptr) failed[thread] = BQ_NO_MEMORY;
         for (int64_t tile = begin; tile < end && failed[thread] == BQ_OK; ++tile) {
-            if (!filler.tile(tile, factors)) failed[thread] = BQ_BAD_ARGUMENT;
+            if (!filler.tile(tile, memory)) failed[thread] = BQ_BAD_ARGUMENT;
         }
     };
     parallel_for(threads, layout.tiles, 1, share);
