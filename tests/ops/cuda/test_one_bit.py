@@ -37,7 +37,7 @@ EMULATED = (
 SHAPES = [
     (1, 1, 1),  # smaller than everything
     (3, 40, 300),  # rows of y of whole 16 bytes: vectors out
-    (17, 67, 2049),  # one bit into a third tile of 1024, rows of y of odd length: elements out
+    (17, 67, 6145),  # one bit into a seventh tile of 1024: the ring comes round; rows of y of odd length: elements out
     (130, 264, 140),  # a second block both ways
 ]
 

@@ -4,6 +4,9 @@ kernels/b1_mma.cu says how it works. For T×K times K×N in one bit the floor is
 rate (the ratio on A100; 8192³ at an H200's 990 Tbf16 dense: 69 µs), or, for few tokens, reading N·K/8 bytes of weights
 (8192×28672: 29 MB, 6 µs at 4.8 TB/s). Not measured on a GPU yet.
 
+The first call of a tile compiles (about a second, later processes read the cache) and loads its kernel: make it before
+capturing a CUDA graph, which does not allow loading.
+
 Legend: T tokens, K in_features, N out_features.
 """
 

@@ -38,6 +38,9 @@ DEVICE void load_matrices(u32 (&fragment)[4], u32 shared) {
   emulator::check(shared, 16, false);
   const auto& lanes = emulator::exchange({{shared}, {}}, "load_matrices");
   const int lane = emulator::running % 32;
+  unsigned banks = 0;  // the 8 rows of a matrix are read at once: each 16 bytes wide, of 128 that are there
+  for (int row = 0; row < 8; ++row) banks |= 1u << (lanes[lane / 8 * 8 + row].a[0] / 16 % 8);
+  if (banks != 0xFF) emulator::fail("rows of a matrix lie in the same banks", shared);
   for (int matrix = 0; matrix < 4; ++matrix) {
     const u32 row = lanes[8 * matrix + lane / 4].a[0];
     std::memcpy(&fragment[matrix], emulator::block->shared.get() + row + 4 * (lane % 4), 4);
