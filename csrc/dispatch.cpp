@@ -110,15 +110,6 @@ const Kernels *table_for(const bq_weight &weight, int64_t *payload) {
     return nullptr;
 }
 
-const PreparedHeader *header_of(const void *prepared, int64_t bytes) {
-    if (prepared == nullptr || reinterpret_cast<uintptr_t>(prepared) % 64 != 0) return nullptr;
-    if (bytes < kPreparedHeaderBytes) return nullptr;
-    const auto *header = static_cast<const PreparedHeader *>(prepared);
-    if (header->magic != kPreparedMagic || header->bytes != bytes) return nullptr;
-    if (table_of(header->isa) == nullptr || !machine_has(static_cast<Isa>(header->isa))) return nullptr;
-    return header;
-}
-
 int32_t check_activation(const bq_weight &w, const bq_activation &x) {
     if (x.rows < 0 || x.width != w.width) return BQ_BAD_ARGUMENT;
     if (x.rows == 0) return BQ_OK;
@@ -130,6 +121,16 @@ int32_t check_activation(const bq_weight &w, const bq_activation &x) {
 }
 
 }  // namespace
+
+const PreparedHeader *prepared_header(const void *prepared, int64_t bytes) {
+    if (prepared == nullptr || reinterpret_cast<uintptr_t>(prepared) % 64 != 0) return nullptr;
+    if (bytes < kPreparedHeaderBytes) return nullptr;
+    const auto *header = static_cast<const PreparedHeader *>(prepared);
+    if (header->magic != kPreparedMagic || header->bytes != bytes) return nullptr;
+    if (table_of(header->isa) == nullptr || !machine_has(static_cast<Isa>(header->isa))) return nullptr;
+    return header;
+}
+
 }  // namespace bq
 
 using namespace bq;
@@ -280,7 +281,7 @@ int32_t bq_prepare_weight(const bq_weight *weight, void *prepared, int32_t threa
 
 int32_t bq_linear(const void *prepared, int64_t prepared_bytes, const bq_activation *x, const bq_output *output) {
     BQ_REQUIRE_ISA();
-    const PreparedHeader *header = header_of(prepared, prepared_bytes);
+    const PreparedHeader *header = prepared_header(prepared, prepared_bytes);
     if (header == nullptr || x == nullptr || output == nullptr) return BQ_BAD_ARGUMENT;
     const bq_weight &w = header->weight;
     bq_activation filled = *x;
@@ -300,7 +301,7 @@ int32_t bq_linear(const void *prepared, int64_t prepared_bytes, const bq_activat
 int32_t bq_product(const void *prepared, int64_t prepared_bytes, const bq_activation *x, int32_t *out,
                    int64_t channels, int32_t threads) {
     BQ_REQUIRE_ISA();
-    const PreparedHeader *header = header_of(prepared, prepared_bytes);
+    const PreparedHeader *header = prepared_header(prepared, prepared_bytes);
     if (header == nullptr || x == nullptr) return BQ_BAD_ARGUMENT;
     const bq_weight &w = header->weight;
     if (w.x_bits == 16) return BQ_UNSUPPORTED;

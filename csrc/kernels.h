@@ -57,6 +57,9 @@ extern const Kernels kAvx512Kernels;  // csrc/avx512/table.cpp
 extern const Kernels kNeonKernels;
 #endif
 
+// The header of a prepared weight of `bytes`, or null if it is none that this library and machine read.
+const PreparedHeader *prepared_header(const void *prepared, int64_t bytes);
+
 // Help for `prepare`, portable: the int8 factors (K) of channel n, zero where not kept.
 void weight_factors(const bq_weight &weight, int64_t channel, int8_t *factors);
 

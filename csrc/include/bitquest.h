@@ -187,6 +187,13 @@ typedef struct bq_output {
 BQ_API int32_t bq_linear(const void *prepared, int64_t prepared_bytes, const bq_activation *x,
                          const bq_output *output);
 
+/* Rows to outputs in one call, for decoding: quantizes (or, for weights prepared for floats, only rotates) the rows and
+ * multiplies them by `count` weights that share them. What `rows` says of results is not read. The integers lie in memory
+ * that the calling thread keeps: BQ_UNSUPPORTED where they would take more than 16 MiB. */
+BQ_API int32_t bq_quantized_linear(const bq_quantizer *quantizer, const bq_rows *rows, const bq_form *form,
+                                   int32_t count, const void *const *prepared, const int64_t *prepared_bytes,
+                                   const bq_output *outputs);
+
 /* The integer dots alone, sum over k of x_a * w_a, for tests: int32 (T, G, N), G the finer number of groups, `channels`
  * the N of the array. Refused (BQ_UNSUPPORTED) for float activations. */
 BQ_API int32_t bq_product(const void *prepared, int64_t prepared_bytes, const bq_activation *x, int32_t *out,

@@ -26,6 +26,7 @@ from bitquest.ops import native_abi as abi
 from bitquest.ops.rows import Prologue, QuantizedRows, RMSNorm
 
 DTYPES = {torch.float32: abi.FLOAT32, torch.bfloat16: abi.BFLOAT16, torch.float16: abi.FLOAT16}
+FLOATS = tuple(DTYPES)
 _COST = "Packed models run on torch instead: several times slower, with the same results"
 
 
@@ -63,23 +64,26 @@ def done(code: int, what: str) -> None:
 
 def matrix(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...] = (None, None)) -> None:
     """Raise ConfigError unless x is on the CPU, of one of the dtypes, and of a shape (None: any size)."""
-    if x.device.type != "cpu":
+    sizes = x.shape
+    fits = len(sizes) == len(shape) and shape[0] in (None, sizes[0]) and shape[-1] in (None, sizes[-1])
+    if x.is_cpu and x.dtype in dtypes and fits:  # written out for speed: this runs several times a token
+        return
+    if not x.is_cpu:
         raise ConfigError(f"native engine: {name} is on {x.device}, not on the CPU")
     if x.dtype not in dtypes:
         raise ConfigError(f"native engine: {name} is {x.dtype}, not {' or '.join(str(d) for d in dtypes)}")
-    fits = x.dim() == len(shape) and all(want in (None, size) for want, size in zip(shape, x.shape, strict=True))
-    if not fits:
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ConfigError(f"native engine: {name} has shape {tuple(x.shape)}, not ({wanted})")
+    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    raise ConfigError(f"native engine: {name} has shape {tuple(x.shape)}, not ({wanted})")
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
     """x (T, K), copied unless its rows are contiguous and do not overlap."""
-    return x if x.stride(-1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+    return x if x.is_contiguous() or (x.stride(-1) == 1 and x.stride(0) >= x.shape[1]) else x.contiguous()
 
 
 class _Quantizer(NamedTuple):
     c: abi.CQuantizer
+    reference: object  # ctypes.byref(c)
     groups_of: int  # elements that share a step; 0: the row
     passes: bool
     has_integers: bool
@@ -133,7 +137,7 @@ def _quantizer(quantizer: Quantizer, block: int, given: bool) -> _Quantizer:
         c.mask, c.mask_high = abi.MASK_DISTANCE, quantizer.estimator.threshold(grid)
     else:
         c.mask, c.mask_low, c.mask_high = abi.MASK_RANGE, *limits
-    return _Quantizer(c, c.group, passes_everything(quantizer.estimator, grid), form is not None, keep)
+    return _Quantizer(c, byref(c), c.group, passes_everything(quantizer.estimator, grid), form is not None, keep)
 
 
 def _prologue(prologue: Prologue | None, x: Tensor) -> tuple[abi.CPrologue | None, object]:
@@ -150,6 +154,37 @@ def _prologue(prologue: Prologue | None, x: Tensor) -> tuple[abi.CPrologue | Non
     return abi.CPrologue(kind=abi.PROLOGUE_SWIGLU, up=up.data_ptr(), up_stride=up.stride(0)), up
 
 
+def quantizer_in(x: Tensor, quantizer: Quantizer, block: int, given: bool) -> _Quantizer:
+    """The quantizer as the library takes it, for rows x that fit it."""
+    matrix("x", x, FLOATS)
+    made = _quantizer(quantizer, block, given)
+    width = x.shape[1]
+    quantizer.check(width)
+    if width == 0 or width % block:
+        raise ConfigError(f"native engine: rows of {width} elements do not divide into blocks of {block}")
+    return made
+
+
+def rows_in(
+    x: Tensor, groups: int, step: Tensor | None, prologue: Prologue | None
+) -> tuple[abi.CRows, Tensor | None, object]:
+    """Rows as the library takes them, without results; the given step; and what must live as long as they are used."""
+    x = rows_contiguous(x)
+    tokens, width = x.shape
+    c = abi.CRows(x.data_ptr(), x.stride(0), DTYPES[x.dtype], torch.get_num_threads(), tokens, width)
+    before, kept_alive = _prologue(prologue, x)
+    if before is not None:
+        c.prologue = ctypes.addressof(before)
+    source = None
+    if step is not None:
+        matrix("the step", step, (torch.float32,), (None, groups))
+        if step.shape[0] not in (1, tokens):
+            raise ConfigError(f"native engine: the step has {step.shape[0]} rows, x has {tokens}")
+        source = step.contiguous()
+        c.given_step, c.given_stride = source.data_ptr(), 0 if source.shape[0] == 1 else groups
+    return c, step, (x, before, kept_alive, source)
+
+
 def quantize_rows(
     x: Tensor,
     quantizer: Quantizer,
@@ -163,31 +198,16 @@ def quantize_rows(
     want: of "factors", "packed", "mask", "sums"; the step always comes. block 1: no rotation. step: float32 Δ, (T, 1),
     (T, G) or one row of either for all, in place of the scale rule's. An empty mask: every element passes.
     """
-    matrix("x", x, tuple(DTYPES))
-    made = _quantizer(quantizer, block, step is not None)
+    made = quantizer_in(x, quantizer, block, step is not None)
     tokens, width = x.shape
-    quantizer.check(width)
-    if width == 0 or width % block:
-        raise ConfigError(f"native engine: rows of {width} elements do not divide into blocks of {block}")
     groups = width // made.groups_of if made.groups_of else 1
     if not made.has_integers and {"factors", "sums"} & want:
         raise ConfigError("native engine: this codebook has no integers; ask for packed codes")
     x = rows_contiguous(x)
-    c = abi.CRows(x=x.data_ptr(), x_stride=x.stride(0), x_dtype=DTYPES[x.dtype], rows=tokens, width=width)
-    c.threads = torch.get_num_threads()
-    before, kept_alive = _prologue(prologue, x)
-    if before is not None:
-        c.prologue = ctypes.addressof(before)
-    if step is None:
+    c, delta, kept_alive = rows_in(x, groups, step, prologue)
+    if delta is None:
         delta = torch.empty(tokens, groups, dtype=torch.float32)
         c.step = delta.data_ptr()
-    else:
-        delta = step
-        matrix("the step", step, (torch.float32,), (None, groups))
-        if step.shape[0] not in (1, tokens):
-            raise ConfigError(f"native engine: the step has {step.shape[0]} rows, x has {tokens}")
-        source = step.contiguous()
-        c.given_step, c.given_stride = source.data_ptr(), 0 if source.shape[0] == 1 else groups
     factors = packed = mask = sums = None
     if "factors" in want:
         factors = torch.empty(tokens, width, dtype=torch.int8)
@@ -202,14 +222,16 @@ def quantize_rows(
     if "sums" in want:
         sums = torch.empty(tokens, groups, dtype=torch.int32)
         c.sums = sums.data_ptr()
-    done(library().bq_quantize_rows(byref(made.c), byref(c)), "quantizing rows")
+    code = library().bq_quantize_rows(made.reference, byref(c))
     del kept_alive
+    if code:
+        done(code, "quantizing rows")
     return QuantizedRows(factors, packed, delta, mask, sums)
 
 
 def rotate(x: Tensor, block: int, prologue: Prologue | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """xH (T, K) behind the prologue, computed in float32."""
-    matrix("x", x, tuple(DTYPES))
+    matrix("x", x, FLOATS)
     x = rows_contiguous(x)
     tokens, width = x.shape
     out = torch.empty(tokens, width, dtype=dtype)
@@ -233,7 +255,7 @@ def rotate(x: Tensor, block: int, prologue: Prologue | None = None, dtype: torch
 
 def mask_rotate(gradient: Tensor, mask: Tensor | None, block: int, dtype: torch.dtype | None = None) -> Tensor:
     """(G ⊙ M)Hᵀ of G (T, K), in `dtype` (G's own by default); mask uint8 (T, ⌈K/8⌉), or none or empty: all pass."""
-    matrix("the gradient", gradient, tuple(DTYPES))
+    matrix("the gradient", gradient, FLOATS)
     gradient = rows_contiguous(gradient)
     tokens, width = gradient.shape
     if mask is not None and mask.numel():

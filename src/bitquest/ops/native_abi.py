@@ -11,6 +11,7 @@ FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 SCALE_GAUSSIAN, SCALE_ABSMAX, SCALE_ABSMEAN, SCALE_GIVEN = 0, 1, 2, 3
 MASK_RANGE, MASK_DISTANCE = 0, 1
 PROLOGUE_RMSNORM, PROLOGUE_SWIGLU = 1, 2
+UNSUPPORTED = 2  # an error code: the caller takes another way
 FLOAT_INPUT = 16  # bq_weight.x_bits of a weight that multiplies floats
 
 
@@ -132,6 +133,13 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "bq_weight_bytes": (c_int32, [POINTER(CWeight), POINTER(c_int64)]),
     "bq_prepare_weight": (c_int32, [POINTER(CWeight), c_void_p, c_int32]),
     "bq_linear": (c_int32, [c_void_p, c_int64, POINTER(CActivation), POINTER(COutput)]),
+    "bq_quantized_linear": (
+        c_int32,
+        [
+            *(POINTER(CQuantizer), POINTER(CRows), POINTER(CForm), c_int32),
+            *(POINTER(c_void_p), POINTER(c_int64), POINTER(COutput)),
+        ],
+    ),
     "bq_product": (c_int32, [c_void_p, c_int64, POINTER(CActivation), c_void_p, c_int64, c_int32]),
 }
 

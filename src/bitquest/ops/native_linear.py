@@ -4,19 +4,26 @@ T rows and K elements of an activation, N output channels, G scale groups of a r
 """
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import byref
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from bitquest.errors import ConfigError
-from bitquest.numerics.integers import IntegerForm
+from bitquest.numerics.integers import IntegerForm, integer_form
 from bitquest.numerics.packing import packed_width
+from bitquest.numerics.quantizer import Quantizer
 from bitquest.ops import native_abi as abi
-from bitquest.ops.native import DTYPES, done, library, matrix, rows_contiguous
-from bitquest.ops.rows import QuantizedRows
+from bitquest.ops.native import DTYPES, done, library, matrix, quantizer_in, rows_contiguous, rows_in
+from bitquest.ops.rows import Prologue, QuantizedRows
+
+_ROTATION_ONLY = Quantizer()  # its block is read, the rest is not
+_NO_FORM = IntegerForm(1.0, 1, 0, abi.FLOAT_INPUT)
 
 
+@lru_cache(maxsize=64)
 def _form(form: IntegerForm) -> abi.CForm:
     return abi.CForm(form.unit, form.factor, form.offset)
 
@@ -95,16 +102,32 @@ def _activation(
     step = x.step.expand(tokens, -1).contiguous()
     c = abi.CActivation(rows=tokens, width=width, step=step.data_ptr(), groups=step.shape[1], form=_form(form))
     held = [step]
-    for name, part, dtype, columns in (
-        ("factors", x.factors, torch.int8, width),
-        ("packed", x.packed if form.bits == 1 else None, torch.uint8, packed_width(width, 1)),
-        ("sums", x.sums, torch.int32, step.shape[1]),
-    ):
-        if part is not None:
-            matrix(f"{name} of x", part, (dtype,), (tokens, columns))
-            held.append(part.contiguous())
-            setattr(c, name, held[-1].data_ptr())
+
+    def part(name: str, given: Tensor, dtype: torch.dtype, columns: int) -> int:
+        matrix(name, given, (dtype,), (tokens, columns))
+        held.append(given.contiguous())
+        return held[-1].data_ptr()
+
+    if x.factors is not None:
+        c.factors = part("factors of x", x.factors, torch.int8, width)
+    if x.packed is not None and form.bits == 1:
+        c.packed = part("packed codes of x", x.packed, torch.uint8, packed_width(width, 1))
+    if x.sums is not None:
+        c.sums = part("sums of x", x.sums, torch.int32, step.shape[1])
     return c, held
+
+
+def _output(
+    tokens: int, channels: int, dtype: torch.dtype, bias: Tensor | None
+) -> tuple[abi.COutput, Tensor, Tensor | None]:
+    """The structure, the tensor it fills, and the bias it reads."""
+    out = torch.empty(tokens, channels, dtype=dtype)
+    c = abi.COutput(out.data_ptr(), channels, channels, DTYPES[dtype], torch.get_num_threads())
+    if bias is not None:
+        bias = bias.to(torch.float32).contiguous()
+        matrix("the bias", bias, (torch.float32,), (channels,))
+        c.bias = bias.data_ptr()
+    return c, out, bias
 
 
 def linear(
@@ -118,16 +141,49 @@ def linear(
 ) -> Tensor:
     """y = x Wᵀ + bias (T, N) in `dtype`, from a weight of `prepare` and quantized rows (or rotated float32 rows)."""
     c, held = _activation(x, width, x_form)
-    out = torch.empty(c.rows, channels, dtype=dtype)
-    to = abi.COutput(out=out.data_ptr(), channels=channels, dtype=DTYPES[dtype], threads=torch.get_num_threads())
-    if bias is not None:
-        bias = bias.to(torch.float32).contiguous()
-        matrix("the bias", bias, (torch.float32,), (channels,))
-        to.bias = bias.data_ptr()
+    to, out, bias = _output(c.rows, channels, dtype, bias)
     code = library().bq_linear(prepared.data_ptr(), prepared.numel(), byref(c), byref(to))
-    del held
-    done(code, f"product of ({c.rows}, {width}) and ({channels}, {width})")
+    del held, bias
+    if code:
+        done(code, f"product of ({c.rows}, {width}) and ({channels}, {width})")
     return out
+
+
+def quantized_linear(
+    x: Tensor,
+    quantizer: Quantizer | None,
+    block: int,
+    prepared: Sequence[Tensor],
+    channels: Sequence[int],
+    biases: Sequence[Tensor | None] | None = None,
+    dtype: torch.dtype = torch.float32,
+    step: Tensor | None = None,
+    prologue: Prologue | None = None,
+) -> list[Tensor] | None:
+    """y (T, N) of each weight from float rows x (T, K) in one call: prologue, rotation, quantization and products.
+
+    What `quantize_rows` and `linear` do, for weights that share x, without tensors in between: for decoding.
+    quantizer None: weights prepared for floats. None if T is too large for the engine's own memory; then call the two.
+    """
+    made = quantizer_in(x, quantizer or _ROTATION_ONLY, block, step is not None)
+    groups = x.shape[1] // made.groups_of if made.groups_of else 1
+    rows, _, kept_alive = rows_in(x, groups, step, prologue)
+    form = integer_form(quantizer.grid) if quantizer is not None else _NO_FORM
+    if form is None:
+        raise ConfigError("native engine: this codebook has no integers to multiply")
+    count = len(prepared)
+    given = biases or [None] * count
+    outs = [_output(x.shape[0], n, dtype, bias) for n, bias in zip(channels, given, strict=True)]
+    weights = (ctypes.c_void_p * count)(*[weight.data_ptr() for weight in prepared])
+    sizes = (ctypes.c_int64 * count)(*[weight.numel() for weight in prepared])
+    to = (abi.COutput * count)(*[c for c, _, _ in outs])
+    code = library().bq_quantized_linear(made.reference, byref(rows), byref(_form(form)), count, weights, sizes, to)
+    del kept_alive
+    if code == abi.UNSUPPORTED:
+        return None
+    if code:
+        done(code, f"quantized product of {tuple(x.shape)} and {count} weights")
+    return [out for _, out, _ in outs]
 
 
 def product(prepared: Tensor, x: QuantizedRows, channels: int, width: int, x_form: IntegerForm, groups: int) -> Tensor:

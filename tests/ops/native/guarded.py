@@ -98,6 +98,8 @@ def products_once(grid: Grid, x_grid: Grid | None, tokens: int, channels: int, w
     bias = guarded(torch.randn(channels))
     for dtype in (torch.float32, torch.bfloat16):
         native_linear.linear(prepared, x, channels, width, x_form, bias, dtype)
+    activation = None if x_grid is None else Quantizer(x_grid, granularity=granularity)
+    native_linear.quantized_linear(guarded(torch.randn(tokens, width)), activation, 1, [prepared], [channels], [bias])
     if isinstance(x, QuantizedRows):
         assert x_form is not None
         native_linear.linear(prepared, x._replace(packed=None, sums=None), channels, width, x_form)

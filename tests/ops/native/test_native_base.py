@@ -15,6 +15,7 @@ from bitquest.numerics.integers import integer_form, integer_linear, weight_only
 from bitquest.numerics.quantizer import Quantizer
 from bitquest.numerics.scaling import PerGroup, PerRow
 from bitquest.ops import native, native_abi, native_linear
+from bitquest.ops.rows import RMSNorm
 
 ISAS = ("avx512", "avx2", "neon", "portable")
 
@@ -168,3 +169,30 @@ def test_many_threads_of_python_share_one_library(isa: str):
     for caller in callers:
         caller.join()
     assert not wrong
+
+
+def test_rows_to_outputs_in_one_call_is_the_two_calls(isa: str):
+    x = torch.randn(3, 192)
+    for x_bits, w_bits, size in ((1, 1, 0), (8, 1, 0), (8, 8, 0), (4, 4, 64)):
+        granularity = PerGroup(size) if size else PerRow()
+        quantizer, form = Quantizer(UniformGrid(x_bits), granularity=granularity), integer_form(UniformGrid(w_bits))
+        x_form = integer_form(UniformGrid(x_bits))
+        weights, wanted, biases = [], [], [torch.randn(20), None, torch.randn(5)]
+        for channels, bias in zip((20, 33, 5), biases, strict=True):
+            w = native.quantize_rows(
+                torch.randn(channels, 192), Quantizer(UniformGrid(w_bits), granularity=granularity), 64, WANT
+            )
+            weights.append(native_linear.prepare(w.step, form, x_form, 192, packed=w.packed))
+            for_dots = native.quantize_rows(x, quantizer, 64, WANT, prologue=RMSNorm(torch.ones(192), 1e-5))
+            wanted.append(native_linear.linear(weights[-1], for_dots, channels, 192, x_form, bias, torch.bfloat16))
+        made = native_linear.quantized_linear(
+            x, quantizer, 64, weights, (20, 33, 5), biases, torch.bfloat16, prologue=RMSNorm(torch.ones(192), 1e-5)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(made, wanted, strict=True))
+    floats = native_linear.prepare(w.step, form, None, 192, packed=w.packed)
+    (made,) = native_linear.quantized_linear(x, None, 64, [floats], [5])
+    assert torch.equal(made, native_linear.linear(floats, native.rotate(x, 64), 5, 192))
+    assert native_linear.quantized_linear(x[:0], None, 64, [floats], [5])[0].shape == (0, 5)
+    assert native_linear.quantized_linear(torch.randn(30000, 192), None, 64, [floats], [5]) is None
+    with pytest.raises(ConfigError, match="do not fit together"):
+        native_linear.quantized_linear(x, Quantizer(UniformGrid(3)), 64, weights, (20, 33, 5))
