@@ -1,6 +1,7 @@
 """The driver's calls, recorded by a stand-in: no GPU is needed."""
 
 import ctypes
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -43,12 +44,22 @@ class Library:
         return [name for name, _ in self.calls]
 
 
+class Visited(list):
+    """In the place of torch.cuda.device: notes which devices were made current, and left again."""
+
+    def __call__(self, device):
+        self.append(device)
+        return nullcontext()
+
+
 @pytest.fixture
 def library(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", visited := Visited())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0xABC))
-    return Library()
+    made = Library()
+    made.visited = visited
+    return made
 
 
 @pytest.fixture
@@ -65,14 +76,10 @@ def test_the_structures_are_those_of_cuda_h():
 
 
 def test_a_module_is_loaded_in_the_context_of_torch(library, function):
-    assert library.names() == [
-        "cuCtxGetCurrent",
-        "cuDevicePrimaryCtxRetain",
-        "cuCtxSetCurrent",
-        "cuModuleLoadData",
-        "cuModuleGetFunction",
-        "cuFuncSetAttribute",
-    ]
+    context = ["cuCtxGetCurrent", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"]
+    work = ("cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute")
+    assert library.names() == [name for call in work for name in (*context, call)]
+    assert library.visited == [3, 3, 3]
     assert [argument.value for argument in library.calls[-1][1]] == [12, driver.MAX_DYNAMIC_SHARED_BYTES, 100_000]
     assert function.attribute(driver.REGISTERS) == 104
 
@@ -86,6 +93,15 @@ def test_a_launch_passes_addresses_and_values_on_the_current_stream(library, fun
     assert arguments[0].value == 12
     assert [argument.value for argument in arguments[1:9]] == [5, 6, 7, 32, 1, 1, 100_000, 0xABC]
     assert library.kernel_values == [tensor.data_ptr(), None, 9, -1]
+
+
+def test_a_launch_on_another_device_visits_it(library, function, monkeypatch):
+    library.visited.clear()
+    devices = iter((0, 3))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: next(devices))
+    function.launch((1, 1, 1), (32, 1, 1), ())
+    assert library.visited == [3]
+    assert library.names()[-1] == "cuLaunchKernel"
 
 
 def test_clusters_and_overlap_are_attributes(library, function):

@@ -47,8 +47,8 @@ def cubin(name: str, architecture: str, options: Sequence[str] = (), compiler: N
     Raises CompilerMissingError where there is no NVRTC and CompileError, with its log, where it refuses the source.
     """
     compiler = compiler or load_nvrtc()
-    included = {header: text for header, text in headers().items() if f"<{header}>" in source(name)}
-    described = "\0".join((name, source(name), *included, *included.values(), architecture, *options))
+    # All headers, since they include each other: building too often is better than running stale code.
+    described = "\0".join((name, source(name), *headers(), *headers().values(), architecture, *options))
     described += "\0" + ".".join(map(str, compiler.version))
     key = hashlib.sha256(described.encode()).hexdigest()
     path = cache_folder() / "cubin" / f"{Path(name).stem}-{architecture}-{key[:32]}.cubin"

@@ -6,7 +6,8 @@ is loaded when this module is imported.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -96,12 +97,18 @@ class Driver:
             parts.append(text.value.decode() if text.value else f"CUDA error {result}")
         return f"{parts[0]} ({parts[1]})"
 
-    def make_current(self, device: int) -> None:
-        """Make the device's primary context, the one torch uses, current in this thread."""
-        torch.cuda.set_device(device)
+    @contextmanager
+    def on(self, device: int) -> Iterator[None]:
+        """Within it, the device is torch's current one, with a context in this thread."""
+        with torch.cuda.device(device):
+            self.need_context(device)
+            yield
+
+    def need_context(self, device: int) -> None:
+        """Give this thread the primary context of torch's current device, the one torch uses, if it has none yet."""
         current, primary = ctypes.c_void_p(), ctypes.c_void_p()
         self.call("cuCtxGetCurrent", ctypes.byref(current))
-        if current.value is None:  # torch only notes the device when it is the one already chosen
+        if current.value is None:
             self.call("cuDevicePrimaryCtxRetain", ctypes.byref(primary), ctypes.c_int(device))
             self.call("cuCtxSetCurrent", primary)
 
@@ -123,9 +130,9 @@ class Driver:
 
     def load(self, cubin: bytes, device: int) -> "Module":
         """Load machine code on a device. Raises DriverError when it is not for that device's architecture."""
-        self.make_current(device)
         handle = ctypes.c_void_p()
-        self.call("cuModuleLoadData", ctypes.byref(handle), cubin)
+        with self.on(device):
+            self.call("cuModuleLoadData", ctypes.byref(handle), cubin)
         return Module(self, handle, device)
 
     def tensor_map(
@@ -180,7 +187,8 @@ class Module:
     def function(self, name: str, *, shared_bytes: int = 0) -> "Function":
         """The kernel `name` (extern "C"), allowed `shared_bytes` of dynamic shared memory a block."""
         handle = ctypes.c_void_p()
-        self.driver.call("cuModuleGetFunction", ctypes.byref(handle), self._handle, name.encode())
+        with self.driver.on(self.device):
+            self.driver.call("cuModuleGetFunction", ctypes.byref(handle), self._handle, name.encode())
         function = Function(self.driver, handle, name, self.device, shared_bytes)
         if shared_bytes > 48 * 1024:  # more needs to be asked for
             function.set_attribute(MAX_DYNAMIC_SHARED_BYTES, shared_bytes)
@@ -197,23 +205,21 @@ class Function:
     def attribute(self, attribute: int) -> int:
         """A CUfunction_attribute: REGISTERS, LOCAL_BYTES (0 unless registers spill), …"""
         value = ctypes.c_int()
-        self.driver.call("cuFuncGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), self._handle)
+        with self.driver.on(self.device):
+            self.driver.call("cuFuncGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), self._handle)
         return value.value
 
     def set_attribute(self, attribute: int, value: int) -> None:
         """Set a CUfunction_attribute."""
-        self.driver.call("cuFuncSetAttribute", self._handle, ctypes.c_int(attribute), ctypes.c_int(value))
+        with self.driver.on(self.device):
+            self.driver.call("cuFuncSetAttribute", self._handle, ctypes.c_int(attribute), ctypes.c_int(value))
 
     def blocks_per_multiprocessor(self, threads: int) -> int:
         """How many blocks of so many threads one multiprocessor holds at a time."""
         count = ctypes.c_int()
-        self.driver.call(
-            "cuOccupancyMaxActiveBlocksPerMultiprocessor",
-            ctypes.byref(count),
-            self._handle,
-            ctypes.c_int(threads),
-            ctypes.c_size_t(self.shared_bytes),
-        )
+        sizes = (ctypes.c_int(threads), ctypes.c_size_t(self.shared_bytes))
+        with self.driver.on(self.device):
+            self.driver.call("cuOccupancyMaxActiveBlocksPerMultiprocessor", ctypes.byref(count), self._handle, *sizes)
         return count.value
 
     def launch(
@@ -259,7 +265,7 @@ class Function:
     def _start(self, function: str, *arguments: Any) -> None:
         result = self.driver._library[function](*arguments)
         if result == 201:  # CUDA_ERROR_INVALID_CONTEXT: a thread, such as autograd's, that has not used the device yet
-            self.driver.make_current(self.device)
+            self.driver.need_context(self.device)
             result = self.driver._library[function](*arguments)
         if result:
             raise DriverError(f"launching {self.name} failed: {self.driver.describe(result)}")
