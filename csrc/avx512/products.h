@@ -51,6 +51,10 @@ struct Plan {
     bq_output output;
 };
 
+// How far ahead of the word being read a single row's kernels fetch weights: hardware prefetchers stop at each 4 KiB
+// page, and a tile of 1-bit weights is two of them.
+constexpr int64_t kAhead = 2048;
+
 constexpr int64_t kGroupsAtOnce = 8;  // scale groups whose D wait for `finish`
 
 // Tokens are worked on in tiles of `full` rows and one of `rest_height` >= rest_rows (0: none), padded with zeros.

@@ -33,6 +33,7 @@ void dots_few(const uint8_t *words, const int32_t *x, int64_t groups, int64_t bl
         for (int64_t b = 0; b < blocks; ++b, words += Bits * 64, x += 8 * T) {
 #pragma GCC unroll 8
             for (int w = 0; w < Bits; ++w) {
+                _mm_prefetch(reinterpret_cast<const char *>(words + w * 64 + kAhead), _MM_HINT_T0);
                 const __m512i word = _mm512_loadu_si512(words + w * 64);
 #pragma GCC unroll 8
                 for (int j = 0; j < kFields; ++j) {
