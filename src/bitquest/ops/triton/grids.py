@@ -8,9 +8,8 @@ numerics/grids.py, so that codes differ from the reference's only where the rota
 import triton
 import triton.language as tl
 
-# 1.5·2^23: adding it leaves round(y), half to even, in the low bits of a float32 for |y| < 2^22.
+# 1.5·2^23: adding it makes the bits of a float32 0x4B400000 + round(y), half to even, for |y| < 2^22.
 _MAGIC = tl.constexpr(12582912.0)
-_MAGIC_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit
@@ -32,15 +31,22 @@ def in_steps(x, step, inverse, GIVEN: tl.constexpr):
 # TABLE are a codebook's levels, the thresholds between them and the integers of its levels; nobody else reads them.
 
 
+def bias(kind: str, bits: int) -> int:
+    """What `biased_codes` are too large by. It is subtracted where a word is joined, not from every code."""
+    if kind == "codebook" or (kind == "uniform" and bits == 1):
+        return 0
+    return 0x4B400000 - (7 if kind == "fp4" else 2 ** (bits - 1) - 1)
+
+
 @triton.jit
-def unsigned_codes(t, KIND: tl.constexpr, BITS: tl.constexpr, MIDDLES: tl.constexpr):
-    """u (int32) of t = x/Δ. NaN becomes some code."""
+def biased_codes(t, KIND: tl.constexpr, BITS: tl.constexpr, MIDDLES: tl.constexpr):
+    """u + bias(KIND, BITS) as int32 of t = x/Δ. NaN becomes some code."""
     if KIND == "fp4":
         # E2M1's thresholds ¼, ¾, 1¼, 1¾, 2½, 3½, 5 become ½, 1½, … 6½; ties go to the lower level, also below 0.
         a = tl.abs(t)
         place = tl.minimum(tl.minimum(a * 2.0, a + 2.0), tl.minimum(a * 0.5 + 4.0, 7.0))
         place = tl.ceil(tl.where(t < 0, -place, place) - 0.5)
-        u = (place + _MAGIC).to(tl.int32, bitcast=True) - (_MAGIC_BITS - 7)
+        u = (place + _MAGIC).to(tl.int32, bitcast=True)
     elif KIND == "codebook":
         u = tl.zeros(t.shape, tl.int32)
         for i in tl.static_range(len(MIDDLES)):
@@ -50,7 +56,7 @@ def unsigned_codes(t, KIND: tl.constexpr, BITS: tl.constexpr, MIDDLES: tl.conste
     else:
         half: tl.constexpr = 2 ** (BITS - 1)
         y = tl.minimum(tl.maximum(t + 0.5, 1.0 - half), half * 1.0)
-        u = (y + _MAGIC).to(tl.int32, bitcast=True) - (_MAGIC_BITS - half + 1)
+        u = (y + _MAGIC).to(tl.int32, bitcast=True)
     return u
 
 
@@ -105,32 +111,44 @@ def trusted(t, u, KIND: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, 
 
 
 @triton.jit
-def _joined(u, BITS: tl.constexpr, CODES: tl.constexpr, dtype: tl.constexpr):
-    """(B, L / CODES) of `dtype`: CODES consecutive codes of BITS bits in one number, the first lowest."""
+def _joined(u, BITS: tl.constexpr, CODES: tl.constexpr, BIAS: tl.constexpr, dtype: tl.constexpr):
+    """(B, L / CODES) of `dtype`: CODES consecutive codes of BITS bits in one number, the first lowest.
+
+    A multiplication and addition for each code, and one subtraction of all their biases.
+    """
     B: tl.constexpr = u.shape[0]
     L: tl.constexpr = u.shape[1]
-    shifts = (tl.arange(0, CODES) * BITS).to(dtype)
-    parts = tl.reshape(u.to(dtype), (B, L // CODES, CODES)) << shifts[None, None, :]
-    return tl.sum(parts, 2).to(dtype)
+    one = tl.full((CODES,), 1, dtype)
+    weights = (one << (tl.arange(0, CODES) * BITS).to(dtype))[None, None, :]
+    parts = tl.reshape(u, (B, L // CODES, CODES))
+    if BITS == 1:
+        words = tl.sum(tl.where(parts != 0, weights, tl.zeros_like(weights)), 2).to(dtype)
+    else:
+        words = tl.sum(parts.to(dtype) * weights, 2).to(dtype)
+        words -= (BIAS * ((2 ** (BITS * CODES) - 1) // (2**BITS - 1))) % 2**32
+    return words
 
 
 @triton.jit
-def store_packed(pointer, row, chunk, row_inside, u, K: tl.constexpr, BITS: tl.constexpr):
-    """Write codes u (B, L) of elements chunk·L … of rows `row` as numerics/packing.py does; u is 0 from K on.
+def store_packed(
+    pointer, row, chunk, row_inside, u, K: tl.constexpr, BITS: tl.constexpr, BIAS: tl.constexpr, L: tl.constexpr
+):
+    """Write codes u (B, L), BIAS too large, of elements chunk·L … of rows `row` as numerics/packing.py does.
 
     pointer: int32 where K is a multiple of 32 (whole words a row, and a quarter of the stores), else uint8.
     row, chunk, row_inside: (B,), row as int64.
     """
-    L: tl.constexpr = u.shape[1]
+    if K % L != 0:  # spare bits are zero
+        u = tl.where(chunk[:, None] * L + tl.arange(0, L)[None, :] < K, u, BIAS)
     if 8 % BITS == 0:
         CODES: tl.constexpr = (32 if K % 32 == 0 else 8) // BITS
         WORDS: tl.constexpr = (K + CODES - 1) // CODES
-        words = _joined(u, BITS, CODES, tl.uint32)
+        words = _joined(u, BITS, CODES, BIAS, tl.uint32)
         at = chunk[:, None] * (L // CODES) + tl.arange(0, L // CODES)[None, :]
         target = pointer + (row * WORDS)[:, None] + at
         tl.store(target, words.to(pointer.dtype.element_ty), mask=row_inside[:, None] & (at < WORDS))
     else:  # eight codes are BITS whole bytes
-        words = _joined(u, BITS, 8, tl.uint64)
+        words = _joined(u - BIAS, BITS, 8, 0, tl.uint64)
         byte = tl.arange(0, 8)
         bytes_ = (words[:, :, None] >> (byte * 8).to(tl.uint64)[None, None, :]) & 255
         first = (chunk[:, None] * (L // 8) + tl.arange(0, L // 8)[None, :]) * BITS

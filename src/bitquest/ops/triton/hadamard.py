@@ -5,9 +5,9 @@ A tile is (BLOCKS, L): L = 128 consecutive elements to a row of it, less only wh
 rotation in blocks of 2 to L is I ⊗ H_block on it, so that one shape of product serves every block size.
 
 Why it is exact: ±1 and a bfloat16 (float16) multiply without rounding, tensor cores add in float32, and 1/√block comes
-after, in float32. A float32 value v is the sum of three bfloat16 numbers of 8 bits each, high + middle + low with
-high = bf16(v), middle = bf16(v − high), low = v − high − middle: both differences are exact, and 3 × 8 bits hold the 24
-of a float32. So three products, the smallest part first, lose nothing that one float32 product would have kept.
+after, in float32. A float32 value is the sum of three bfloat16 numbers of 8 bits each: its upper 16 bits, the upper 16
+bits of what they leave, and the rest. The differences are exact, and 3 × 8 bits hold the 24 of a float32. So three
+products, the smallest part first, lose nothing that one float32 product would have kept.
 """
 
 import triton
@@ -72,21 +72,36 @@ def _once(x):
 
 
 @triton.jit
-def rotate(x, matrix, BLOCK: tl.constexpr, SCALE: tl.constexpr):
-    """xH (BLOCKS, L) in float32 of x in float32, or in the 16-bit dtype of the matrix. SCALE: 1/√BLOCK."""
+def _upper(x):
+    """The upper 16 bits of float32 x, a bfloat16, and what is left of x: both exact."""
+    bits = x.to(tl.uint32, bitcast=True)
+    upper = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return upper, x - (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rotate_unscaled(x, matrix, BLOCK: tl.constexpr):
+    """√BLOCK·xH (BLOCKS, L) in float32 of x in float32, or in the 16-bit dtype of the matrix."""
     if BLOCK == 1:
         y = x.to(tl.float32)
     elif x.dtype == tl.float32:
-        x = _once(x)
-        high = round_to(x, tl.bfloat16)
-        rest = x - high.to(tl.float32)
-        middle = round_to(rest, tl.bfloat16)
-        low = round_to(rest - middle.to(tl.float32), tl.bfloat16)
-        # Scaled before they are added, lest the compiler chain the products: chained ones it lays out for attention,
+        high, rest = _upper(_once(x))
+        middle, rest = _upper(rest)
+        low, rest = _upper(rest)
+        # Doubled before they are added, lest the compiler chain the products: chained ones it lays out for attention,
         # and half of the warps then repeat the other half's work.
-        y = _product(low, matrix) * SCALE
-        y += _product(middle, matrix) * SCALE
-        y += _product(high, matrix) * SCALE
+        y = _product(low, matrix) * 2.0
+        y += _product(middle, matrix) * 2.0
+        y = (y + _product(high, matrix) * 2.0) * 0.5
     else:
-        y = _product(x, matrix) * SCALE
+        y = _product(x, matrix)
+    return y
+
+
+@triton.jit
+def rotate(x, matrix, BLOCK: tl.constexpr, SCALE: tl.constexpr):
+    """xH (BLOCKS, L) in float32. SCALE: 1/√BLOCK."""
+    y = rotate_unscaled(x, matrix, BLOCK)
+    if BLOCK > 1:
+        y = y * SCALE
     return y

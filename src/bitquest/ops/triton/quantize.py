@@ -28,6 +28,7 @@ from bitquest.numerics.packing import packed_width
 from bitquest.numerics.quantizer import Quantizer
 from bitquest.numerics.scaling import AbsMax, AbsMean, PerGroup, PerTensor
 from bitquest.ops.rows import PARTS, Prologue, QuantizedRows, RMSNorm
+from bitquest.ops.triton.grids import bias
 from bitquest.ops.triton.quantize_kernels import quantize_rows_kernel, rotate_rows_kernel
 from bitquest.ops.triton.tiles import FLOATS, as_rows, check_rotation, check_width, in_words, parts, tiles
 
@@ -88,6 +89,7 @@ def _constants(quantizer: Quantizer) -> dict[str, Any]:
         "MAX_LEVEL": float(grid.max_level),
         "KIND": kind,
         "BITS": grid.bits,
+        "BIAS": bias(kind, grid.bits),
         "MIDDLES": middles,
         "TABLE": table,
         "LEVELS": levels,
@@ -159,7 +161,7 @@ def quantize_rows(
             x, x.stride(0), other.other, other.stride, given, given_stride, given_step_stride,
             factors, in_words(packed, width, quantizer.bits), made if step is None else None,
             None if everything else in_words(mask, width, 1), sums, tokens,
-            K=width, BLOCK=block, SCALE=block**-0.5, PROLOGUE=other.kind, EPS=other.eps,
+            K=width, BLOCK=block, PROLOGUE=other.kind, EPS=other.eps,
             L=cut.length, BLOCKS=cut.blocks, ROWS=cut.rows, num_warps=cut.warps, num_stages=cut.stages, **constants,
         )  # fmt: skip
     return QuantizedRows(factors, packed, made, mask, sums)

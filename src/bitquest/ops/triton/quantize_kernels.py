@@ -8,8 +8,8 @@ Programs walk over tiles of whole rows (tiles.py); `row_in_tile` and `chunk` (BL
 import triton
 import triton.language as tl
 
-from bitquest.ops.triton.grids import in_steps, integers, store_packed, trusted, unsigned_codes
-from bitquest.ops.triton.hadamard import rotate, round_to, signs
+from bitquest.ops.triton.grids import biased_codes, in_steps, integers, store_packed, trusted
+from bitquest.ops.triton.hadamard import rotate, rotate_unscaled, round_to, signs
 from bitquest.ops.triton.tiles import per_row, to_tile
 
 
@@ -22,12 +22,13 @@ def inverse_rms(v, row_in_tile, EPS: tl.constexpr, K: tl.constexpr, ROWS: tl.con
 
 
 @triton.jit
-def prepared(x, weight, up_ptr, up_offset, inside, row_in_tile, PROLOGUE: tl.constexpr, EPS: tl.constexpr,
+def prepared(x, col, up_ptr, up_offset, inside, row_in_tile, PROLOGUE: tl.constexpr, EPS: tl.constexpr,
              K: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """What is rotated: x, or in float32 x/rms(x)·weight or silu(x)·up. Zero outside the rows."""
     if PROLOGUE == "rms_norm":
         v = x.to(tl.float32)
         inverse = inverse_rms(v, row_in_tile, EPS, K, ROWS)
+        weight = tl.load(up_ptr + col, mask=inside, other=0.0)
         result = v * inverse * weight.to(tl.float32)
     elif PROLOGUE == "swiglu":
         v = x.to(tl.float32)
@@ -39,14 +40,15 @@ def prepared(x, weight, up_ptr, up_offset, inside, row_in_tile, PROLOGUE: tl.con
 
 
 @triton.jit
-def _step_of(total, COUNT: tl.constexpr, RULE: tl.constexpr, MULTIPLIER: tl.constexpr, MAX_LEVEL: tl.constexpr):
-    """Δ = (α·σ + 1e-8)/max_level from Σx², Σ|x| or max|x|, in the reference's order."""
+def _step_of(total, BLOCK: tl.constexpr, COUNT: tl.constexpr, RULE: tl.constexpr, MULTIPLIER: tl.constexpr,
+             MAX_LEVEL: tl.constexpr):  # fmt: skip
+    """Δ = (α·σ + 1e-8)/max_level from the sum of squares, the sum or the maximum of √BLOCK·x_h."""
     if RULE == "gaussian_mse":
-        clip = tl.div_rn(tl.sqrt_rn(total), COUNT**0.5) * MULTIPLIER
+        clip = tl.div_rn(tl.sqrt_rn(total * (1 / BLOCK)), COUNT**0.5) * MULTIPLIER
     elif RULE == "absmean":
-        clip = tl.div_rn(total, COUNT * 1.0)
+        clip = tl.div_rn(total * BLOCK**-0.5, COUNT * 1.0)
     else:
-        clip = total
+        clip = total * BLOCK**-0.5
     return tl.div_rn(clip + 1e-8, MAX_LEVEL)
 
 
@@ -59,10 +61,10 @@ def _magnitude(x, RULE: tl.constexpr):
 def quantize_rows_kernel(
     x_ptr, x_stride, other_ptr, other_stride, given_ptr, given_stride, given_step_stride,
     factors_ptr, packed_ptr, step_ptr, mask_ptr, sums_ptr, T,
-    K: tl.constexpr, BLOCK: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
     PROLOGUE: tl.constexpr, EPS: tl.constexpr, RULE: tl.constexpr, MULTIPLIER: tl.constexpr, MAX_LEVEL: tl.constexpr,
-    KIND: tl.constexpr, BITS: tl.constexpr, MIDDLES: tl.constexpr, TABLE: tl.constexpr, LEVELS: tl.constexpr,
-    LIMITS: tl.constexpr, L: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+    KIND: tl.constexpr, BITS: tl.constexpr, BIAS: tl.constexpr, MIDDLES: tl.constexpr, TABLE: tl.constexpr,
+    LEVELS: tl.constexpr, LIMITS: tl.constexpr, L: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     CHUNKS: tl.constexpr = (K + L - 1) // L
     POWER: tl.constexpr = triton.next_power_of_2(ROWS)
@@ -75,10 +77,6 @@ def quantize_rows_kernel(
     row_in_tile = block // CHUNKS
     chunk = block % CHUNKS
     col = chunk[:, None] * L + tl.arange(0, L)[None, :]
-    if PROLOGUE == "rms_norm":  # the same for every tile: each begins with a row
-        weight = tl.load(other_ptr + col, mask=col < K, other=0.0)
-    else:
-        weight = 0
     for tile in range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
         row = tile * ROWS + row_in_tile
         row_inside = (row_in_tile < ROWS) & (row < T)
@@ -88,8 +86,8 @@ def quantize_rows_kernel(
             inside = inside & (col < K)
         x = tl.load(x_ptr + (row * x_stride)[:, None] + col, mask=inside, other=0.0)
         up_offset = (row * other_stride)[:, None] + col
-        x = prepared(x, weight, other_ptr, up_offset, inside, row_in_tile, PROLOGUE, EPS, K, ROWS)
-        x_h = rotate(x, matrix, BLOCK, SCALE)
+        x = prepared(x, col, other_ptr, up_offset, inside, row_in_tile, PROLOGUE, EPS, K, ROWS)
+        x_h = rotate_unscaled(x, matrix, BLOCK)  # √BLOCK·x_h: the steps below are made as much longer
 
         if GROUP > 0:
             EACH: tl.constexpr = L // GROUP
@@ -103,8 +101,9 @@ def quantize_rows_kernel(
             else:
                 parts = tl.reshape(_magnitude(x_h, RULE), (BLOCKS, EACH, GROUP))
                 total = tl.max(parts, 2) if RULE == "absmax" else tl.sum(parts, 2)
-                step = _step_of(total, GROUP, RULE, MULTIPLIER, MAX_LEVEL)
+                step = _step_of(total, BLOCK, GROUP, RULE, MULTIPLIER, MAX_LEVEL)
                 tl.store(step_ptr + step_at, step, mask=step_inside)
+            step = step * BLOCK**0.5
             inverse = tl.div_rn(1.0, step)
             delta = tl.reshape(tl.broadcast_to(step[:, :, None], (BLOCKS, EACH, GROUP)), (BLOCKS, L))
             inverse = tl.reshape(tl.broadcast_to(inverse[:, :, None], (BLOCKS, EACH, GROUP)), (BLOCKS, L))
@@ -116,25 +115,21 @@ def quantize_rows_kernel(
                 step = tl.load(given_ptr + own_row * given_stride, mask=own_inside, other=1.0)
             else:
                 total = per_row(_magnitude(x_h, RULE), row_in_tile, ROWS, CHUNKS, RULE == "absmax")
-                step = _step_of(total, K, RULE, MULTIPLIER, MAX_LEVEL)
+                step = _step_of(total, BLOCK, K, RULE, MULTIPLIER, MAX_LEVEL)
                 tl.store(step_ptr + own_row, step, mask=own_inside)
+            step = step * BLOCK**0.5
             delta = to_tile(step, row_in_tile, ROWS, CHUNKS, BLOCKS, L)
             inverse = to_tile(tl.div_rn(1.0, step), row_in_tile, ROWS, CHUNKS, BLOCKS, L)
 
         t = in_steps(x_h, delta, inverse, given_ptr is not None)
-        u = unsigned_codes(t, KIND, BITS, MIDDLES)
+        u = biased_codes(t, KIND, BITS, MIDDLES)
         if packed_ptr is not None:
-            kept = u
-            if K % L != 0:
-                kept = tl.where(col < K, u, 0)
-            store_packed(packed_ptr, row, chunk, row_inside, kept, K, BITS)
+            store_packed(packed_ptr, row, chunk, row_inside, u, K, BITS, BIAS, L)
         if mask_ptr is not None:
-            m = trusted(t, u, KIND, BITS, LEVELS, LIMITS)
-            if K % L != 0:
-                m = m & (col < K)
-            store_packed(mask_ptr, row, chunk, row_inside, m.to(tl.int32), K, 1)
+            m = trusted(t, u - BIAS, KIND, BITS, LEVELS, LIMITS)
+            store_packed(mask_ptr, row, chunk, row_inside, m.to(tl.int32), K, 1, 0, L)
         if factors_ptr is not None or sums_ptr is not None:
-            a = integers(u, KIND, BITS, TABLE)
+            a = integers(u - BIAS, KIND, BITS, TABLE)
             if factors_ptr is not None:
                 tl.store(factors_ptr + (row * K)[:, None] + col, a.to(tl.int8), mask=inside)
             if sums_ptr is not None:
@@ -161,10 +156,6 @@ def rotate_rows_kernel(
     block = tl.arange(0, BLOCKS)
     row_in_tile = block // CHUNKS
     col = (block % CHUNKS)[:, None] * L + tl.arange(0, L)[None, :]
-    if PROLOGUE == "rms_norm":  # the same for every tile: each begins with a row
-        weight = tl.load(other_ptr + col, mask=col < K, other=0.0)
-    else:
-        weight = 0
     for tile in range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
         row = tile * ROWS + row_in_tile
         inside = ((row_in_tile < ROWS) & (row < T))[:, None]
@@ -173,6 +164,6 @@ def rotate_rows_kernel(
             inside = inside & (col < K)
         x = tl.load(x_ptr + (row * x_stride)[:, None] + col, mask=inside, other=0.0)
         up_offset = (row * other_stride)[:, None] + col
-        x = prepared(x, weight, other_ptr, up_offset, inside, row_in_tile, PROLOGUE, EPS, K, ROWS)
+        x = prepared(x, col, other_ptr, up_offset, inside, row_in_tile, PROLOGUE, EPS, K, ROWS)
         y = round_to(rotate(x, matrix, BLOCK, SCALE), y_ptr.dtype.element_ty)
         tl.store(y_ptr + (row * K)[:, None] + col, y, mask=inside)
