@@ -69,6 +69,7 @@ ASSUMED = {
     "docs/howto/compare.md": _prepared,
     "docs/howto/data.md": _more_text,
     "docs/howto/generate.md": _packed_run,
+    "docs/howto/gpu-benchmarks.md": _prepared,
     "docs/howto/pack.md": _finished_run,
 }
 

@@ -14,7 +14,7 @@ from bitquest.nn import PackedLinear, QuantizedLinear
 from bitquest.ops.backend import Backend, backend_for, resolve_backend
 from bitquest.ops.linear_spec import LinearSpec
 
-_CPU_L2_BYTES = 2**18  # for dry runs: small, so that few copies are made
+_CPU_L2_BYTES = 2**12  # for dry runs: small, so that two copies do
 
 
 @dataclass

@@ -142,9 +142,10 @@ def _b1(side: int, name: str) -> Callable[[Context], float]:
 
 
 def _mma(x_bits: Tensor, w_bits: Tensor, width: int) -> Call:
-    from bitquest.ops.cuda.b1_mma import b1_product
+    from bitquest.ops.cuda.one_bit import b1_product, b1_row_sums, prepare_b1_weight
 
-    return lambda: b1_product(x_bits, w_bits, width)
+    weight, x_sums = prepare_b1_weight(w_bits, width), b1_row_sums(x_bits, width)
+    return lambda: b1_product(x_bits, weight, width, x_sums=x_sums)
 
 
 def _wgmma(x_bits: Tensor, w_bits: Tensor, width: int) -> Call:
