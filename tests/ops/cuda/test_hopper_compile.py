@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bitquest.ops.cuda import sparse
 from bitquest.ops.cuda.cache import headers, source
 from bitquest.ops.cuda.hopper import ARCHITECTURE, SHARED_BYTES, TILES, plan
 from bitquest.ops.cuda.nvrtc import CompilerMissingError, load_nvrtc
@@ -53,8 +54,18 @@ def check(code: list[tuple[str, str]], products: str, count: int, loads: set[str
 
 
 # Planes of (x, w), type of y, length of a row of y: every kind of epilogue, every number of planes.
-FIRST = ((1, 1, 2, 8), (2, 2, 3, 1))
-REST = ((1, 1, 0, 8), (1, 1, 1, 8), (2, 2, 2, 8), (2, 1, 3, 8), (1, 2, 0, 8), (1, 1, 3, 1), (2, 2, 1, 1), (2, 2, 0, 1))
+FIRST = ((1, 1, 2, 8),)
+REST = (
+    (2, 2, 3, 1),
+    (1, 1, 0, 8),
+    (1, 1, 1, 8),
+    (2, 2, 2, 8),
+    (2, 1, 3, 8),
+    (1, 2, 0, 8),
+    (1, 1, 3, 1),
+    (2, 2, 1, 1),
+    (2, 2, 0, 1),
+)
 
 
 @pytest.mark.parametrize("variants", [FIRST, pytest.param(REST, marks=pytest.mark.slow)], ids=["first", "rest"])
@@ -68,3 +79,21 @@ def test_b1_wgmma_becomes_the_machine_code_it_was_written_for(tile, variants, tm
         code = machine_code("b1_wgmma.cu", made.options, tmp_path)
         loads = {"UTMALDG.3D", "UTMALDG.3D.MULTICAST"} if tile.cluster == 2 else {"UTMALDG.3D"}
         check(code, f"BGMMA.64x{tile.columns}x256.AND.POPC", 4 * tile.rows_64, loads)
+
+
+# Activations of 8 bits or fewer, type of y, length of a row of y.
+SPARSE_FIRST = ((False, 2, 8),)
+SPARSE_REST = tuple((eight, out, channels) for eight in (False, True) for out in range(4) for channels in (8, 1))
+
+
+@pytest.mark.parametrize(
+    "variants", [SPARSE_FIRST, pytest.param(SPARSE_REST, marks=pytest.mark.slow)], ids=["first", "rest"]
+)
+@pytest.mark.parametrize("tile", sparse.TILES, ids=lambda tile: "-".join(map(str, tile)))
+def test_s8_sparse_wgmma_becomes_the_machine_code_it_was_written_for(tile, variants, tmp_path):
+    for eight_bits, out, channels in variants:
+        made = sparse.sparse_plan(4096, channels, 4096, eight_bits, out, tile, multiprocessors=132)
+        assert made.shared_bytes <= SHARED_BYTES
+        code = machine_code("s8_sparse_wgmma.cu", made.options, tmp_path)
+        loads = {"UTMALDG.3D", "UTMALDG.3D.MULTICAST", "UBLKCP.S.G"}
+        check(code, f"IGMMA.SP.64x{tile.columns}x64.S8.S8", 2 * tile.rows_64, loads)

@@ -9,7 +9,8 @@
 // A block is a producer warp, which keeps the copy engine STAGES steps of 1024 bits ahead, and two consumer
 // warpgroups. PINGPONG 1: each consumer has its own tile, one multiplies while the other stores; a consumer begins when
 // the other has issued the products of the tile before (waiting by parity, it may not run ahead of the ring by a turn).
-// PINGPONG 0: they halve one tile. A cluster's blocks have neighbouring rows and the same columns: each fetches its share of w for all of them.
+// PINGPONG 0: they halve one tile. A cluster's blocks have neighbouring rows and the same columns: each fetches its
+// share of w for all of them.
 //
 // Set by the launcher: COLUMNS (64, 128, 192, 256), ROWS_64 (64-row products per consumer), STAGES, CLUSTER (1, 2),
 // PINGPONG, X_PLANES, W_PLANES, OUT (an Output), WHOLE (1: N is a multiple of 8, so that groups of 8 results lie inside
@@ -18,9 +19,6 @@
 #include <hopper.cuh>
 #include <wgmma.cuh>
 
-constexpr int WARPGROUP = 128;
-constexpr int THREADS = 3 * WARPGROUP;
-constexpr int GROUP = 8;           // tiles of rows that share a column's traffic in L2
 constexpr int STEP_BYTES = 128;    // of each row, a step along K: one swizzle span
 constexpr int PRODUCT_BYTES = 32;  // of each row, one product
 constexpr int CONSUMER_ROWS = 64 * ROWS_64;
@@ -29,7 +27,7 @@ constexpr int SHARE = COLUMNS / CLUSTER;  // rows of w that one block fetches
 constexpr int X_BYTES = ROWS * STEP_BYTES;
 constexpr int W_BYTES = COLUMNS * STEP_BYTES;
 constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
-constexpr int RELEASES = 4 * (PINGPONG ? 1 : 2) * CLUSTER;  // warps that read a stage's bytes, here and in the other block
+constexpr int RELEASES = 4 * (PINGPONG ? 1 : 2) * CLUSTER;  // warps that read a stage, here and in the other block
 constexpr int X_WEIGHT = (1 << X_PLANES) - 1, W_WEIGHT = (1 << W_PLANES) - 1;
 constexpr int TOP = X_PLANES + W_PLANES - 2;
 
@@ -46,20 +44,20 @@ struct Work {
 DEVICE int first_plane(int level) { return level < W_PLANES ? 0 : level - W_PLANES + 1; }
 DEVICE int last_plane(int level) { return level < X_PLANES ? level : X_PLANES - 1; }
 
-DEVICE void produce(const TensorMap* x_map, const TensorMap* w_map, const Work& work, u32 stages, u32 full, u32 empty) {
+DEVICE void produce(const TensorMap* x_map, const TensorMap* w_map, const Work& work, u32 stages, const Barriers& at) {
     const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
     const int tiles = work.tile_rows * work.tile_columns;
     Ring<STAGES> ring;
     for (int index = BLOCK_INDEX / CLUSTER; index < tiles; index += GRID_SIZE / CLUSTER) {
-        const Tile tile = tile_at<GROUP>(index, work.tile_rows, work.tile_columns);
+        const Tile tile = tile_at(index, work.tile_rows, work.tile_columns);
         const int row = (tile.row * CLUSTER + rank) * ROWS, column = tile.column * COLUMNS + rank * SHARE;
         for (int level = TOP; level >= 0; --level) {
             for (int plane = first_plane(level); plane <= last_plane(level); ++plane) {
                 NO_UNROLL for (int step = 0; step < work.steps; ++step, ring.next()) {
                     const u32 x_stage = stages + ring.stage() * STAGE_BYTES;
                     const u32 w_stage = x_stage + X_BYTES + rank * (SHARE * STEP_BYTES);
-                    const u32 barrier = full + ring.stage() * 8;
-                    barrier_wait(empty + ring.stage() * 8, ring.parity() ^ 1);
+                    const u32 barrier = at.full + ring.stage() * 8;
+                    barrier_wait(at.empty + ring.stage() * 8, ring.parity() ^ 1);
                     barrier_expect(barrier, STAGE_BYTES);
                     tensor_load(x_stage, x_map, barrier, step * STEP_BYTES, row, plane);
                     if (CLUSTER > 1) {
@@ -74,13 +72,8 @@ DEVICE void produce(const TensorMap* x_map, const TensorMap* w_map, const Work& 
     }
 }
 
-// This warp has read a stage: its first lanes say so to each block that writes it.
-DEVICE void release(u32 barrier, u32 lane) {
-    if (lane < CLUSTER) barrier_arrive_at(barrier, lane);
-}
-
 // The accumulators of one tile: Σ u·v of this consumer's rows. `next` is the barrier of the consumer that goes next.
-DEVICE void multiply_tile(int (&sum)[ROWS_64][COLUMNS / 2], int steps, u32 x_base, u32 w_base, u32 full, u32 empty,
+DEVICE void multiply_tile(int (&sum)[ROWS_64][COLUMNS / 2], int steps, u32 x_base, u32 w_base, const Barriers& at,
                           u32 next, u32 lane, Ring<STAGES>& ring) {
     u32 keep = 0;
     NO_UNROLL for (int level = TOP; level >= 0; --level) {
@@ -89,7 +82,7 @@ DEVICE void multiply_tile(int (&sum)[ROWS_64][COLUMNS / 2], int steps, u32 x_bas
         for (int step = 0; step < level_steps; ++step) {
             const u64 x = matrix_descriptor<STEP_BYTES>(x_base + ring.stage() * STAGE_BYTES);
             const u64 w = matrix_descriptor<STEP_BYTES>(w_base + ring.stage() * STAGE_BYTES);
-            barrier_wait(full + ring.stage() * 8, ring.parity());
+            barrier_wait(at.full + ring.stage() * 8, ring.parity());
             UNROLL for (int r = 0; r < ROWS_64; ++r) UNROLL for (int i = 0; i < COLUMNS / 2; ++i) pin(sum[r][i]);
             product_fence();
             UNROLL for (int k = 0; k < STEP_BYTES / PRODUCT_BYTES; ++k) {
@@ -102,14 +95,14 @@ DEVICE void multiply_tile(int (&sum)[ROWS_64][COLUMNS / 2], int steps, u32 x_bas
             product_commit();
             if (step > 0) {  // the step before has been read
                 product_wait<1>();
-                release(last, lane);
+                release<CLUSTER>(last, lane);
             }
-            last = empty + ring.stage() * 8;
+            last = at.empty + ring.stage() * 8;
             ring.next();
         }
         if (PINGPONG && level == 0 && lane == 0) barrier_arrive(next);
         product_wait<0>();
-        release(last, lane);
+        release<CLUSTER>(last, lane);
         UNROLL for (int r = 0; r < ROWS_64; ++r) UNROLL for (int i = 0; i < COLUMNS / 2; ++i) {
             pin(sum[r][i]);
             if (level > 0) sum[r][i] += sum[r][i];
@@ -133,8 +126,10 @@ DEVICE void fetch_edges(u32 edges, const Scales& scales, const Work& work, int r
         const int channel = column + i;
         const bool inside = channel < work.channels;
         write_word(edges + SUM_AT + 4 * i, inside ? X_WEIGHT * scales.w_sums[channel] : 0);
-        if (OUT != INT32) write_word(edges + STEP_AT + 4 * i, bits_of(inside ? scales.w_step[channel] : 0.0f));
-        if (OUT != INT32) write_word(edges + BIAS_AT + 4 * i, bits_of(inside && scales.bias ? scales.bias[channel] : 0.0f));
+        if (OUT != INT32) {
+            write_word(edges + STEP_AT + 4 * i, bits_of(inside ? scales.w_step[channel] : 0.0f));
+            write_word(edges + BIAS_AT + 4 * i, bits_of(inside && scales.bias ? scales.bias[channel] : 0.0f));
+        }
     }
     for (int i = thread; i < CONSUMER_ROWS; i += WARPGROUP) {
         const int token = row + i;
@@ -203,24 +198,18 @@ b1_wgmma(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map, u8* out, 
          const float* w_step, const int* x_sums, const int* w_sums, const float* bias, GRID_CONSTANT Work work) {
     SHARED_MEMORY(memory);
     const u32 stages = (shared_address(memory) + 1023) & ~1023u;
-    const u32 full = stages + STAGES * STAGE_BYTES, empty = full + 8 * STAGES, turns = empty + 8 * STAGES;
+    const Barriers at = barriers_after<STAGES>(stages + STAGES * STAGE_BYTES);
     const u32 warp = THREAD_INDEX / 32, lane = THREAD_INDEX % 32;
     if (THREAD_INDEX == 0) {
         tensor_prefetch(&x_map);
         tensor_prefetch(&w_map);
-        for (int stage = 0; stage < STAGES; ++stage) {
-            barrier_init(full + 8 * stage, 1);
-            barrier_init(empty + 8 * stage, RELEASES);
-        }
-        barrier_init(turns, 4);
-        barrier_init(turns + 8, 4);
-        barrier_init_done();
+        barriers_init<STAGES>(at, RELEASES);
     }
     cluster_sync();
 
     if (warp < 4) {
         registers_give<24>();
-        if (warp == 0 && lane == 0) produce(&x_map, &w_map, work, stages, full, empty);
+        if (warp == 0 && lane == 0) produce(&x_map, &w_map, work, stages, at);
         warp_sync();
     } else {
         registers_take<240>();
@@ -231,20 +220,20 @@ b1_wgmma(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map, u8* out, 
         const int tiles = work.tile_rows * work.tile_columns;
         const int skipped = work.steps * X_PLANES * W_PLANES;  // the other consumer's, with PINGPONG
         const Scales scales = {x_step, w_step, bias, x_sums, w_sums};
-        const u32 edges = turns + 16 + consumer * EDGE_BYTES;
+        const u32 edges = at.end + consumer * EDGE_BYTES;
         const int stride = GRID_SIZE / CLUSTER;
         Ring<STAGES> ring;
         u32 turn = consumer ^ 1;  // the parity to wait for; the first consumer's first tile waits for nothing
         if (PINGPONG && consumer == 1) ring.skip(skipped);
         for (int index = BLOCK_INDEX / CLUSTER + (PINGPONG ? consumer * stride : 0); index < tiles;
              index += PINGPONG ? 2 * stride : stride) {
-            const Tile tile = tile_at<GROUP>(index, work.tile_rows, work.tile_columns);
+            const Tile tile = tile_at(index, work.tile_rows, work.tile_columns);
             const int row = (tile.row * CLUSTER + rank) * ROWS + row_in_tile, column = tile.column * COLUMNS;
             int sum[ROWS_64][COLUMNS / 2];
             warpgroup_sync(consumer);  // the tile before has been stored
             fetch_edges(edges, scales, work, row, column, THREAD_INDEX % WARPGROUP);
-            if (PINGPONG) barrier_wait(turns + 8 * consumer, turn);
-            multiply_tile(sum, work.steps, x_base, w_base, full, empty, turns + 8 * (consumer ^ 1), lane, ring);
+            if (PINGPONG) barrier_wait(at.turns + 8 * consumer, turn);
+            multiply_tile(sum, work.steps, x_base, w_base, at, at.turns + 8 * (consumer ^ 1), lane, ring);
             turn ^= 1;
             warpgroup_sync(consumer);
             store_tile(sum, out, edges, work, row, column, warp % 4, lane);

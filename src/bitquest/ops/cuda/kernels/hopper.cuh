@@ -18,6 +18,36 @@ DEVICE u64 matrix_descriptor(u32 address) {
 
 // --- the ring of stages ---------------------------------------------------------------------------------------------
 
+constexpr int WARPGROUP = 128;
+constexpr int THREADS = 3 * WARPGROUP;  // a producer, of which one thread works, and two consumers
+
+// Of each stage: full (its bytes have arrived), empty (its readers are done). Of each consumer: its turn has come.
+struct Barriers {
+    u32 full, empty, turns, end;
+};
+
+template <int DEPTH>
+DEVICE Barriers barriers_after(u32 stages_end) {
+    return {stages_end, stages_end + 8 * DEPTH, stages_end + 16 * DEPTH, stages_end + 16 * DEPTH + 16};
+}
+
+template <int DEPTH>
+DEVICE void barriers_init(const Barriers& at, u32 releases) {
+    for (int stage = 0; stage < DEPTH; ++stage) {
+        barrier_init(at.full + 8 * stage, 1);
+        barrier_init(at.empty + 8 * stage, releases);
+    }
+    barrier_init(at.turns, 4);
+    barrier_init(at.turns + 8, 4);
+    barrier_init_done();
+}
+
+// This warp has read a stage: its first lanes say so to each block of the cluster.
+template <int BLOCKS>
+DEVICE void release(u32 barrier, u32 lane) {
+    if (lane < BLOCKS) barrier_arrive_at(barrier, lane);
+}
+
 // Where a role stands in the ring: the stage, and the parity of the ring's current turn, in one register.
 template <int DEPTH>
 struct Ring {
@@ -31,14 +61,13 @@ struct Ring {
 
 // --- the order of tiles ---------------------------------------------------------------------------------------------
 
-// Tile `index` of rows × columns tiles: bands of at most BAND rows, so that tiles in flight share both operands' rows
-// in the L2 cache.
 struct Tile {
     int row, column;
 };
 
-template <int BAND>
+// Tile `index` of rows × columns tiles: bands of at most 8 rows, so that tiles in flight share both operands in L2.
 DEVICE Tile tile_at(int index, int rows, int columns) {
+    constexpr int BAND = 8;
     const int area = BAND * columns;
     const int first = index / area * BAND;
     const int height = rows - first < BAND ? rows - first : BAND;
@@ -109,6 +138,30 @@ DEVICE void store_halves(u8* row, u32 (&word)[4], int first, bool inside, int co
             const int column = first + 8 * c + 2 * quad;
             if (inside && column < columns) target[column] = static_cast<u16>(word[c]);
             if (inside && column + 1 < columns) target[column + 1] = static_cast<u16>(word[c] >> 16);
+        }
+    }
+}
+
+// 16 × 16 16-bit results of a warp, of 16 rows of y from row `ahead` on and 16 columns from `across` on: word 2c + h of
+// lane 4r + q holds columns 8h + 2q and the one after of row 8c + r. `y` is at row 0, column 0 of the warp's part of
+// the tile, which ends `below` rows and `right` columns further on; rows are `pitch` long. BY_8: `pitch` is a multiple
+// of 8.
+template <bool BY_8>
+DEVICE void store_halves_transposed(u8* y, u32 (&word)[4], int ahead, int across, int below, int right, int pitch,
+                                    u32 lane) {
+    const int quad = lane % 4;
+    if constexpr (BY_8) {
+        transpose_quad(word, quad);  // lane q now holds word q of its quad: row 8·(q / 2) + r, columns 8·(q mod 2) on
+        const int row = ahead + 8 * (quad / 2) + static_cast<int>(lane / 4), column = across + 8 * (quad % 2);
+        if (row < below && column < right) {
+            *reinterpret_cast<Words4*>(row_at<2>(y, row, pitch) + 2 * column) = {word[0], word[1], word[2], word[3]};
+        }
+    } else {
+        UNROLL for (int i = 0; i < 4; ++i) {
+            const int row = ahead + 8 * (i / 2) + static_cast<int>(lane / 4), column = across + 8 * (i % 2) + 2 * quad;
+            u16* target = reinterpret_cast<u16*>(row_at<2>(y, row, pitch)) + column;
+            if (row < below && column < right) target[0] = static_cast<u16>(word[i]);
+            if (row < below && column + 1 < right) target[1] = static_cast<u16>(word[i] >> 16);
         }
     }
 }
