@@ -34,6 +34,7 @@ AVX512 = "f bw vl dq vnni vpopcntdq vbmi vbmi2 bitalg"
 INSTRUCTION_SETS = {
     "x86_64": {
         "avx2": (["-mavx2", "-mfma", "-mf16c", "-mbmi2"], "BQ_HAVE_AVX2"),
+        "avxvnni": (["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mavxvnni"], "BQ_HAVE_AVXVNNI"),
         "avx512": (
             [*(f"-mavx512{part}" for part in AVX512.split()), "-mgfni", "-mfma", "-mf16c", "-mbmi2"],
             "BQ_HAVE_AVX512",

@@ -4,6 +4,8 @@
 
 #include "kernels.h"
 
+#include "processor.h"
+
 namespace bq {
 namespace {
 
@@ -13,6 +15,7 @@ bool machine_has(Isa isa) {
 #if defined(__x86_64__)
     case kAvx2:
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    case kAvxVnni: return machine_has(kAvx2) && has_avx_vnni();
     case kAvx512:
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -23,6 +26,8 @@ bool machine_has(Isa isa) {
 #endif
 #if defined(BQ_HAVE_NEON)
     case kNeon: return true;  // part of every 64-bit Arm
+    case kNeonDot: return has_dot_products();
+    case kNeonI8mm: return has_dot_products() && has_mixed_dot_products();
 #endif
     default: return false;
     }
@@ -33,8 +38,17 @@ const Kernels *const kTables[] = {
 #if defined(BQ_HAVE_AVX512)
     &kAvx512Kernels,
 #endif
+#if defined(BQ_HAVE_AVXVNNI)
+    &kAvxVnniKernels,
+#endif
 #if defined(BQ_HAVE_AVX2)
     &kAvx2Kernels,
+#endif
+#if defined(BQ_HAVE_NEONI8MM)
+    &kNeonI8mmKernels,
+#endif
+#if defined(BQ_HAVE_NEONDOT)
+    &kNeonDotKernels,
 #endif
 #if defined(BQ_HAVE_NEON)
     &kNeonKernels,

@@ -21,7 +21,7 @@ constexpr uint32_t kPreparedMagic = 0x42715031;
 constexpr int64_t kPreparedHeaderBytes = 192;
 static_assert(sizeof(PreparedHeader) <= kPreparedHeaderBytes, "the header outgrew its place");
 
-enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3 };
+enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3, kAvxVnni = 4, kNeonDot = 5, kNeonI8mm = 6 };
 
 // Functions get arguments that dispatch.cpp has checked: sizes agree, pointers that are needed are there, strides are
 // filled in, threads >= 1, T >= 1, N >= 1, K >= 1. They may return BQ_UNSUPPORTED before writing anything.
@@ -50,11 +50,20 @@ extern const Kernels kPortableKernels;
 #if defined(BQ_HAVE_AVX2)
 extern const Kernels kAvx2Kernels;
 #endif
+#if defined(BQ_HAVE_AVXVNNI)
+extern const Kernels kAvxVnniKernels;
+#endif
 #if defined(BQ_HAVE_AVX512)
 extern const Kernels kAvx512Kernels;  // csrc/avx512/table.cpp
 #endif
 #if defined(BQ_HAVE_NEON)
 extern const Kernels kNeonKernels;
+#endif
+#if defined(BQ_HAVE_NEONDOT)
+extern const Kernels kNeonDotKernels;
+#endif
+#if defined(BQ_HAVE_NEONI8MM)
+extern const Kernels kNeonI8mmKernels;
 #endif
 
 // The header of a prepared weight of `bytes`, or null if it is none that this library and machine read.

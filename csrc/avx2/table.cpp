@@ -1,6 +1,7 @@
-// The AVX2 table (Haswell, Zen 1 and later): rows as the compiler vectorizes them; products are the portable ones.
+// The AVX2 table (Haswell, Zen 1 and later): rows as the compiler vectorizes them.
 #define BQ_SPACE avx2
 #include "../generic/rows.inl"
+#include "kernels_avx2.h"
 
 namespace bq {
 
@@ -11,10 +12,10 @@ extern const Kernels kAvx2Kernels = {
     avx2::rotate_rows,
     avx2::mask_rotate,
     avx2::dequantize_rows,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
+    avx2::payload_bytes,
+    avx2::prepare,
+    avx2::linear,
+    avx2::product,
 };
 
 }  // namespace bq

@@ -47,8 +47,9 @@ enum { BQ_FLOAT32 = 0, BQ_BFLOAT16 = 1, BQ_FLOAT16 = 2 };
 /* --- the library ------------------------------------------------------------------------------------------------ */
 
 BQ_API int32_t bq_version(void);           /* BQ_ABI_VERSION of the library */
-BQ_API const char *bq_isa(void);           /* "avx512", "avx2", "neon", "portable", or "" after BQ_NO_ISA */
-BQ_API const char *bq_isa_available(void); /* every set compiled in and present, best first, separated by spaces */
+BQ_API const char *bq_isa(void);           /* the set in use, or "" after BQ_NO_ISA */
+BQ_API const char *bq_isa_available(void); /* all that are compiled in and present, best first, separated by spaces:
+ * "avx512", "avxvnni", "avx2"; "neoni8mm", "neondot", "neon"; "portable" */
 BQ_API const char *bq_message(int32_t error);
 BQ_API int32_t bq_set_threads(int32_t threads); /* for calls that pass threads = 0; 1 until it is called */
 

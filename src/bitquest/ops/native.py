@@ -39,7 +39,7 @@ def availability() -> tuple[bool, str]:
 
 
 def isa() -> str:
-    """The instruction set in use: avx512, avx2, neon or portable."""
+    """The instruction set in use: avx512, avxvnni, avx2, neoni8mm, neondot, neon or portable."""
     return str(library().bq_isa().decode())
 
 

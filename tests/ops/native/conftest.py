@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bitquest.ops import native_abi
+from bitquest.ops import native, native_abi
 
-ISAS = ("avx512", "avx2", "neon", "portable")
+ISAS = native.isas() if native.availability()[0] else ("portable",)  # "portable" skips, with the reason
 _copies: dict[str, ctypes.CDLL] = {}
 
 

@@ -17,7 +17,7 @@ from bitquest.numerics.scaling import PerGroup, PerRow
 from bitquest.ops import native, native_abi, native_linear
 from bitquest.ops.rows import RMSNorm
 
-ISAS = ("avx512", "avx2", "neon", "portable")
+ISAS = native.isas() if native.availability()[0] else ("portable",)  # "portable" skips, with the reason
 
 WANT = frozenset({"factors", "packed", "mask", "sums"})
 

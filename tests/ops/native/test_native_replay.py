@@ -41,13 +41,16 @@ def build(folder: Path, compiler: str, machine: str, flags: str, objects: str) -
     return program
 
 
-def replay(command: list[str], golden: Path, isa: str) -> None:
-    settings = {**os.environ, "BITQUEST_ISA": isa, "UBSAN_OPTIONS": "print_stacktrace=1"}
-    done = subprocess.run([*command, str(golden)], capture_output=True, text=True, check=False, env=settings)
-    if done.returncode == 2 and "BITQUEST_ISA" in done.stderr:
-        pytest.skip(f"this machine or build has no {isa}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith(f"{isa}: ")
+def replay(command: list[str], golden: Path) -> set[str]:
+    """Replays on every instruction set of the program and machine, and returns their names."""
+    listed = subprocess.run([*command, "--isas"], capture_output=True, text=True, check=True)
+    isas = listed.stdout.split()
+    for isa in isas:
+        settings = {**os.environ, "BITQUEST_ISA": isa, "UBSAN_OPTIONS": "print_stacktrace=1"}
+        done = subprocess.run([*command, str(golden)], capture_output=True, text=True, check=False, env=settings)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.startswith(f"{isa}: ")
+    return set(isas)
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +67,8 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(folder, compiler, os.uname().machine, SANITIZED, "sanitized")
 
 
-@pytest.mark.parametrize("isa_name", ["avx512", "avx2", "neon", "portable"])
-def test_golden_vectors_under_sanitizers(sanitized: Path, golden: Path, isa_name: str):
-    replay([str(sanitized)], golden, isa_name)
+def test_golden_vectors_under_sanitizers(sanitized: Path, golden: Path):
+    assert "portable" in replay([str(sanitized)], golden)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,5 @@ def arm(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [emulator, str(build(tmp_path_factory.mktemp("arm"), compiler, "aarch64", "-static", "arm"))]
 
 
-@pytest.mark.parametrize("isa_name", ["neon", "portable"])
-def test_golden_vectors_on_emulated_arm(arm: list[str], golden: Path, isa_name: str):
-    replay(arm, golden, isa_name)
+def test_golden_vectors_on_emulated_arm(arm: list[str], golden: Path):
+    assert {"neon", "portable"} <= replay(arm, golden)
