@@ -3,6 +3,7 @@
 // other processors. BITQUEST_ISA chooses the instruction set.
 //
 //   replay golden.bin        exit code 0: all equal; 1: some differ; 2: the file or the library cannot be used
+//   replay --isas            prints the instruction sets that are there
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -217,7 +218,11 @@ void replay_linear(const Record &record, int threads) {
 }  // namespace
 
 int main(int count, char **arguments) {
-    if (count != 2) give_up("usage: replay golden.bin");
+    if (count != 2) give_up("usage: replay golden.bin, or replay --isas");
+    if (std::strcmp(arguments[1], "--isas") == 0) {
+        std::puts(bq_isa_available());
+        return 0;
+    }
     if (bq_isa()[0] == '\0') give_up(bq_message(BQ_NO_ISA));
     std::FILE *file = std::fopen(arguments[1], "rb");
     if (file == nullptr) give_up("the file cannot be opened");
