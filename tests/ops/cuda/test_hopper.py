@@ -1,13 +1,18 @@
 """The warpgroup kernels' launchers: tiles and checks everywhere, values on a Hopper GPU (`-m gpu`)."""
 
+import ctypes
 import math
 
 import pytest
 import torch
 
 from bitquest.errors import ConfigError
+from bitquest.numerics.grids import UniformGrid
+from bitquest.numerics.integers import integer_form
 from bitquest.numerics.packing import pack
-from bitquest.ops.cuda import hopper
+from bitquest.numerics.sparsity import NofM
+from bitquest.ops.cuda import hopper, sparse
+from bitquest.ops.cuda.cache import source
 from bitquest.ops.cuda.hopper import (
     TILES,
     aligned_rows,
@@ -68,6 +73,73 @@ def test_refuses_operands_of_the_wrong_kind():
         b1_linear_hopper(bits, step[:2], sums, bits, step, sums, 16, out_dtype=torch.float32)
     with pytest.raises(ConfigError, match=r"not torch\.float64"):
         b1_linear_hopper(bits, step, sums, bits, step, sums, 16, out_dtype=torch.float64)
+
+
+def parameters(file: str) -> list[str]:
+    """The types of a kernel's parameters, from its source."""
+    text = source(f"{file}.cu")
+    start = text.index(f"{file}(GRID_CONSTANT") + len(file) + 1
+    return [part.rsplit(None, 1)[0].strip() for part in text[start : text.index(") {", start)].split(",")]
+
+
+def recorded(monkeypatch, module) -> list[tuple[object, ...]]:
+    """Launches on CPU tensors, recorded and not made. A tensor map is the rows and the box it was asked for."""
+    launches: list[tuple[object, ...]] = []
+
+    class Recorder:
+        def launch(self, grid, block, arguments):
+            launches.append((grid, block, *arguments))
+
+    monkeypatch.setattr(module, "check_device", lambda *tensors: torch.device("cuda", 0))
+    monkeypatch.setattr(module, "multiprocessors", lambda index: 132)
+    monkeypatch.setattr(module, "loaded", lambda *which: Recorder())
+    monkeypatch.setattr(module, "tensor_map", lambda rows, box_rows, box_bytes: (rows, box_rows, box_bytes))
+    monkeypatch.setattr(module.torch, "empty", lambda *shape, dtype, device: torch.zeros(shape, dtype=dtype))
+    return launches
+
+
+KINDS = {
+    "GRID_CONSTANT TensorMap": lambda value: isinstance(value, tuple),
+    "u8*": lambda value: value.dtype == torch.bfloat16,
+    "const u8*": lambda value: value.dtype == torch.int32,
+    "const float*": lambda value: value is None or (value.dtype == torch.float32 and value.is_contiguous()),
+    "const int*": lambda value: value.dtype == torch.int32 and value.is_contiguous(),
+    "GRID_CONSTANT Work": lambda value: isinstance(value, ctypes.Structure),
+}
+
+
+def test_launches_hand_over_what_the_kernels_take(monkeypatch):
+    launches = recorded(monkeypatch, hopper)
+    bits = [planes_of(pack(odd(2, rows, 1000), 2), 2, 1000) for rows in (300, 40)]
+    sums = [plane_sums(planes, 1000) for planes in bits]
+    steps = [torch.rand(rows, 1) for rows in (300, 40)]
+    y = launch_planes(bits[0], steps[0], sums[0], bits[1], steps[1], sums[1], 1000, None, torch.bfloat16)
+    assert y.shape == (300, 40)
+    (made,) = launches
+    types = parameters("b1_wgmma")
+    assert len(made) == 2 + len(types)
+    assert all(KINDS[kind](value) for kind, value in zip(types, made[2:], strict=True)), types
+    work = made[-1]
+    assert (work.tokens, work.channels, work.width, work.steps) == (300, 40, 1000, 1)
+    assert made[5].shape == (300,)
+    assert made[6].shape == (40,)
+    assert "int tokens, channels, width;" in source("b1_wgmma.cu")
+    assert ctypes.sizeof(work) == 24
+
+    launches = recorded(monkeypatch, sparse)
+    factors = 2 * torch.randint(-8, 8, (40, 200), dtype=torch.int8) + 1
+    weight = sparse.prepare_sparse_weight(factors, NofM(2, 4).kept(factors.float()), False)
+    form = integer_form(UniformGrid(4))
+    sparse.sparse_linear(odd(4, 300, 200), steps[0], weight, steps[1], form, form, out_dtype=torch.bfloat16)
+    (made,) = launches
+    types = parameters("s8_sparse_wgmma")
+    assert len(made) == 2 + len(types)
+    assert all(KINDS[kind](value) for kind, value in zip(types, made[2:], strict=True)), types
+    assert made[2][0].shape == (1, 300, 200)
+    assert made[3][0].shape == (1, 40, 100)
+    assert made[3][2] == 64
+    assert made[6].shape == (300,)
+    assert (made[-1].tokens, made[-1].channels, made[-1].steps, made[-1].unit) == (300, 40, 2, 0.25)
 
 
 SHAPES = ((1, 1, 1), (1, 8, 128), (127, 192, 1024), (129, 200, 1030), (300, 1001, 4099), (2048, 4096, 4096))
