@@ -249,9 +249,13 @@ int32_t bq_dequantize_rows(const uint8_t *packed, int32_t bits, const float *lev
     if (rows == 0) return BQ_OK;
     if (packed == nullptr || levels == nullptr || step == nullptr || out == nullptr) return BQ_BAD_ARGUMENT;
     const Kernels *chosen = choice().kernels;
-    const Kernels *table = chosen->dequantize_rows != nullptr ? chosen : &kPortableKernels;
-    return table->dequantize_rows(packed, bits, levels, step, groups, rows, width, out, out_dtype,
-                                  thread_count(threads));
+    threads = thread_count(threads);
+    if (chosen->dequantize_rows != nullptr) {
+        const int32_t done =
+            chosen->dequantize_rows(packed, bits, levels, step, groups, rows, width, out, out_dtype, threads);
+        if (done != BQ_UNSUPPORTED) return done;
+    }
+    return kPortableKernels.dequantize_rows(packed, bits, levels, step, groups, rows, width, out, out_dtype, threads);
 }
 
 int32_t bq_weight_bytes(const bq_weight *weight, int64_t *bytes) {

@@ -11,7 +11,7 @@ extern const Kernels kAvx512Kernels = {
     quantize_rows,
     rotate_rows,
     mask_rotate,
-    nullptr,
+    dequantize_rows,
     payload_bytes,
     prepare,
     linear,

@@ -361,22 +361,33 @@ int32_t dequantize_rows(const uint8_t *packed, int32_t bits, const float *levels
                         int64_t rows, int64_t width, void *out, int32_t out_dtype, int32_t threads) {
     const int64_t bytes = (width * bits + 7) / 8;
     const int64_t group = width / groups;
-    const uint32_t all = (1u << bits) - 1;
-    auto share = [&](int64_t begin, int64_t end, int) {
+    const uint32_t all_bits = (1u << bits) - 1;
+    int32_t failed[256] = {};
+    auto share = [&](int64_t begin, int64_t end, int thread) {
+        float *row = static_cast<float *>(scratch(2, row_bytes(width)));
+        if (row == nullptr) {
+            failed[thread] = BQ_NO_MEMORY;
+            return;
+        }
         for (int64_t t = begin; t < end; ++t) {
             const uint8_t *from = packed + t * bytes;
+            for (int64_t k = 0; k < width; k += 8) {  // eight codes are `bits` bytes
+                const int64_t left = bytes - k / 8 * bits;
+                uint64_t word = 0;
+                for (int64_t i = 0; i < bits && i < left; ++i) word |= static_cast<uint64_t>(from[k / 8 * bits + i]) << (8 * i);
+                for (int64_t i = 0; i < 8; ++i) row[k + i] = levels[(word >> (i * bits)) & all_bits];
+            }
             for (int64_t g = 0; g < groups; ++g) {
                 const float delta = step[t * groups + g];
-                for (int64_t k = g * group; k < (g + 1) * group; ++k) {
-                    const int64_t bit = k * bits;
-                    uint32_t word = from[bit / 8];
-                    if (bit % 8 + bits > 8) word |= static_cast<uint32_t>(from[bit / 8 + 1]) << 8;
-                    store_float(out, out_dtype, t * width + k, levels[(word >> (bit % 8)) & all] * delta);
-                }
+                for (int64_t k = g * group; k < (g + 1) * group; ++k) row[k] *= delta;
             }
+            store_row(out, out_dtype, t * width, width, row);
         }
     };
     parallel_for(threads, rows, 1, share);
+    for (int32_t code : failed) {
+        if (code != BQ_OK) return code;
+    }
     return BQ_OK;
 }
 
