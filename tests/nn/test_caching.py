@@ -18,6 +18,12 @@ from bitquest.numerics import fake_quantize
 from bitquest.ops import registry
 
 
+@pytest.fixture(autouse=True)
+def _the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests are of the layers themselves, on torch; tests/ops compares the other backends with it."""
+    monkeypatch.setenv("BITQUEST_BACKEND", "torch")
+
+
 def layer(name: str | Scheme = "w4a4", out: int = 33, seed: int = 0) -> QuantizedLinear:
     s = Scheme.parse(name) if isinstance(name, str) else name
     torch.manual_seed(seed)

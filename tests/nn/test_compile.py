@@ -10,6 +10,13 @@ from bitquest.models import Llama, LlamaConfig
 from bitquest.nn import pack_, quantize_
 from bitquest.ops import registry
 
+
+@pytest.fixture(autouse=True)
+def _the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests are of the layers themselves, on torch; tests/ops compares the other backends with it."""
+    monkeypatch.setenv("BITQUEST_BACKEND", "torch")
+
+
 IDS = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
 
 

@@ -114,8 +114,6 @@ def _compile_afresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-# torch.compile itself makes an instance of an autograd function, and torch warns of those who do.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.usefixtures("_compile_afresh")
 @pytest.mark.parametrize("held", [False, True])
 def test_a_compiled_model_is_one_graph(held: bool, grouped_config: LlamaConfig) -> None:

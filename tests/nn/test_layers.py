@@ -31,6 +31,13 @@ from bitquest.numerics import (
     fake_quantize,
 )
 
+
+@pytest.fixture(autouse=True)
+def _the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests are of the layers themselves, on torch; tests/ops compares the other backends with it."""
+    monkeypatch.setenv("BITQUEST_BACKEND", "torch")
+
+
 SCHEMES = [
     *(
         "w1a1",
@@ -84,6 +91,10 @@ def direct(made: QuantizedLinear, x: Tensor) -> Tensor:
     return F.linear(operands[0], operands[1], made.bias)
 
 
+def near(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return float((a - b).norm()) <= tolerance * float(b.norm())
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_layer_is_the_definition_values_and_gradients(name: str) -> None:
     made, results = layer(name), []
@@ -96,7 +107,10 @@ def test_layer_is_the_definition_values_and_gradients(name: str) -> None:
         results.append((y.detach(), x.grad, made.weight.grad, made.bias.grad.clone()))
     for other in results[1:]:
         for expected, got in zip(results[0], other, strict=True):
-            assert torch.equal(expected, got)  # type: ignore[arg-type]
+            assert expected is not None
+            assert got is not None
+            # autograd adds the stages of a rotation in another order
+            assert torch.equal(expected, got) or (got is not other[0] and near(got, expected, 1e-6))
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -13,6 +13,8 @@ from bitquest.errors import ConfigError
 from bitquest.ops.engine import Engine, TorchEngine
 from bitquest.ops.linear_spec import LinearSpec
 
+AUTO_MEANS = "BITQUEST_BACKEND"  # environment variable: the backend that `auto` stands for, to look for a fault
+
 
 class WrongDeviceError(ConfigError):
     """A backend was asked for by name, and the layer is not on one of its devices (yet)."""
@@ -113,7 +115,9 @@ def engine(backend: str) -> Engine:
 def resolve_backend(name: str | Backend) -> Backend:
     """`name` as a Backend, `auto` included. Raises ConfigError for one that is unknown or not available here."""
     if name == Backend.AUTO:
-        return Backend.AUTO
+        name = os.environ.get(AUTO_MEANS, Backend.AUTO)
+        if name == Backend.AUTO:
+            return Backend.AUTO
     for report in backend_report():
         if report.name == name:
             if not report.available:

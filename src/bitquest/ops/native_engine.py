@@ -6,6 +6,7 @@ from torch import Tensor
 from bitquest.numerics.grids import Grid
 from bitquest.numerics.quantizer import Quantizer
 from bitquest.numerics.rotations import MAX_BLOCK
+from bitquest.numerics.scaling import PerTensor
 from bitquest.ops import native, native_linear
 from bitquest.ops.engine import Parts, TorchEngine
 from bitquest.ops.linear_spec import LinearSpec
@@ -31,6 +32,8 @@ class NativeEngine:
         return self._reference.refuses_training(spec) or self.refuses(spec)
 
     def refuses_rows(self, quantizer: Quantizer, block: int) -> str | None:
+        if isinstance(quantizer.granularity, PerTensor):
+            return "one step for a whole tensor takes two passes"
         return native.refuses_rows(quantizer, block)
 
     def input_parts(self, spec: LinearSpec) -> frozenset[str]:
