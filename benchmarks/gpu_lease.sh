@@ -96,7 +96,7 @@ fi
 
 # 1. The tests that need a GPU. In several processes where pytest-xdist is there: a kernel that loses the device then
 # costs the tests of one process. What failed is tried again once, on its own.
-tests=(-m pytest -m gpu -q ${dry:+--collect-only} -o filterwarnings=default -o cache_dir="$work/pytest" --timeout=90 --timeout-method=thread)
+tests=(-m pytest -m gpu -q ${dry:+--collect-only} -o filterwarnings=default -o cache_dir="$work/pytest" --timeout=90 --timeout-method=thread --tb=short)
 places=()
 for place in tests/ops tests/nn tests/models tests/inference tests/benchmarks; do [ -d $place ] && places+=("$place"); done
 parallel=()
@@ -108,7 +108,7 @@ tail -n 1 "$out/tests.txt"
 [ $code -eq 5 ] && say "GPU tests: none were found"
 if [ $code -eq 1 ]; then
   echo "--- what failed, once more ---" >> "$out/tests.txt"
-  run "GPU tests once more" 60 200 "$python" "${tests[@]}" --lf "${places[@]}" >> "$out/tests.txt" 2>&1
+  run "GPU tests once more" 40 330 "$python" "${tests[@]}" --lf "${places[@]}" >> "$out/tests.txt" 2>&1
   tail -n 1 "$out/tests.txt"
 fi
 
