@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, misc"
 # ruff: noqa: RUF005 - Triton knows no unpacking inside of tuples
-"""One to four columns of int8 activations against packed weights: matrix × vector, four weights an instruction.
+"""A few columns of int8 activations against packed weights: matrix × vector, four weights an instruction.
 
 A program covers BN rows, a warp 128 words (512 bytes) of a row at a time, a thread 16 bytes of BN / (number of warps)
 rows, which share the activations that it holds; the next tile of weights is in flight while one is used. Columns are
@@ -81,8 +81,8 @@ def few_tokens(w_ptr, x_ptr, out_ptr, x_step_ptr, x_sums_ptr, w_step_ptr, w_sums
                steps_a_split, K: tl.constexpr, WIDTH: tl.constexpr, RUN: tl.constexpr, GROUPS: tl.constexpr,
                X_RATIO: tl.constexpr, W_RATIO: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr,
                VALUES: tl.constexpr, FORM: tl.constexpr, TOKENS: tl.constexpr, DIGITS: tl.constexpr, BN: tl.constexpr,
-               BW: tl.constexpr, ALIGNED: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr,
-               POPCOUNT: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+               BW: tl.constexpr, ALIGNED: tl.constexpr, AHEAD: tl.constexpr, SPLIT: tl.constexpr,
+               HAS_BIAS: tl.constexpr, POPCOUNT: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
     """out (T, N), or its parts: int32 (SPLIT, T·DIGITS, N) of whole rows, float32 (SPLIT, T, N) of groups.
 
     WIDTH: bytes of a packed row. RUN: bytes of a run of x (few_bit_arrange.py), whose columns are TOKENS·DIGITS ≤ 4.
@@ -107,10 +107,14 @@ def few_tokens(w_ptr, x_ptr, out_ptr, x_step_ptr, x_sums_ptr, w_step_ptr, w_sums
 
     sums = _zeros(TOKENS * DIGITS, BN, BW, tl.int32)
     totals = _zeros(TOKENS, BN, BW // SPAN if GROUPED else 1, tl.float32)
-    w = words(w_ptr, w_rows, first + tl.arange(0, BW), inside, last, WIDTH, ALIGNED)
+    if AHEAD:
+        w = words(w_ptr, w_rows, first + tl.arange(0, BW), inside, last, WIDTH, ALIGNED)
     for at in range(first, last, BW):
         column = at + tl.arange(0, BW)
-        ahead = words(w_ptr, w_rows, column + BW, inside, last, WIDTH, ALIGNED)
+        if AHEAD:
+            ahead = words(w_ptr, w_rows, column + BW, inside, last, WIDTH, ALIGNED)
+        else:
+            w = words(w_ptr, w_rows, column, inside, last, WIDTH, ALIGNED)
         if GROUPED:
             sums = _zeros(TOKENS * DIGITS, BN, BW, tl.int32)
         sums = _times(sums, w, x_rows, column, column < last, RUN, BITS, FIELDS, VALUES, POPCOUNT, ASM)
@@ -118,7 +122,8 @@ def few_tokens(w_ptr, x_ptr, out_ptr, x_step_ptr, x_sums_ptr, w_step_ptr, w_sums
             totals = _scaled_groups(totals, sums, at, n, inside, row, t0, T, x_step_ptr, x_sums_ptr, w_step_ptr,
                                     w_sums_ptr, unit, GROUPS, SIZE, SPAN, FORM, DIGITS, X_RATIO, W_RATIO,
                                     POPCOUNT)  # fmt: skip
-        w = ahead
+        if AHEAD:
+            w = ahead
 
     for c in tl.static_range(TOKENS):
         if GROUPED:

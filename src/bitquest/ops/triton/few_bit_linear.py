@@ -1,7 +1,7 @@
 """Linear layers whose weights stay packed at 1, 2, 4 or 8 bits, for decoding: 1 to about 32 tokens (more work too).
 
 T tokens, K in_features, N out_features, G scale groups of a row. The definition is numerics/integers.py; each byte of
-weights is read once for every 1 to 4 tokens (`few_tokens`) or every BT tokens (`small_batch`).
+weights is read once for every 1 to 3 tokens (`few_tokens`) or every BT tokens (`small_batch`).
 
 Everything is an exact integer product. Float activations are cut into three signed 8-bit digits first, relative to a
 power of two above the largest of their row (few_bit_arrange.py): a float32 sum has no finer resolution. So a result
@@ -39,6 +39,7 @@ from bitquest.ops.triton.few_bit_kernels import add_parts, few_tokens, weight_su
 from bitquest.ops.triton.tuning import Config, best_config, bucket
 
 _EXACT_WIDTH = 2**17  # (−2^7)·(−2^7)·2^17 is the first sum that an int32 does not hold
+_COLUMNS = 3  # of activations in `few_tokens`: as many as 128 registers hold beside four rows of weights
 _MOST_TOKENS = 65535  # the second axis of a grid
 _GROUP_SIZES = (32, 64, 128)
 _SHARED_BYTES = 96 * 1024  # of sm_89; on sm_90 two programs of an SM share twice as much
@@ -221,8 +222,8 @@ def _launch(
     optional = {"x_sums": x_sums, "w_sums": w_sums, "bias": bias}
     x_sums, w_sums, bias_or_any = (out if t is None else t.contiguous() for t in optional.values())
     group_bytes = width * weights.bits // (8 * groups) if groups > 1 else 0
-    batch = tokens * digits > 4 and not popcount and (not group_bytes or group_bytes >= 32)
-    few = 1 if batch else min(4 // digits, triton.next_power_of_2(tokens))
+    batch = tokens * digits > _COLUMNS and not popcount and (not group_bytes or group_bytes >= 32)
+    few = 1 if batch else max(1, min((4 if popcount else _COLUMNS) // digits, tokens))
 
     def run(config: Config) -> None:
         block_bytes = config.block_k
@@ -245,8 +246,8 @@ def _launch(
         else:
             aligned = _aligned(packed)
             few_tokens[place](packed.view(torch.int32) if aligned else packed, x.view(torch.int32), to, *scales, steps,
-                              TOKENS=config.block_t, BW=block_bytes // 4, ALIGNED=aligned, POPCOUNT=popcount,
-                              maxnreg=None if groups > 1 else 128,  # two programs an SM
+                              TOKENS=config.block_t, BW=block_bytes // 4, ALIGNED=aligned, AHEAD=config.stages > 1,
+                              POPCOUNT=popcount, maxnreg=128 if aligned and groups == 1 else None,  # two programs an SM
                               **common)  # fmt: skip
         if split > 1:
             add_parts[(triton.cdiv(channels, 256), tokens)](
@@ -257,19 +258,21 @@ def _launch(
     if batch:
         candidates = batch_candidates(bucket(tokens), channels, packed.shape[1], weights.bits, digits, group_bytes)
     else:
-        candidates = few_candidates(bucket(tokens), few, channels, packed.shape[1])
+        candidates = few_candidates(bucket(tokens), few, channels, packed.shape[1], 8 // weights.bits * digits)
     key = (bucket(tokens), channels, width, weights.bits, digits, groups, len(weights.values), popcount)
     run(best_config("few_bit_batch" if batch else "few_bit_tokens", key, candidates, run))
     return out
 
 
-def few_candidates(tokens: int, few: int, channels: int, row_bytes: int) -> tuple[Config, ...]:
+def few_candidates(tokens: int, few: int, channels: int, row_bytes: int, x_bytes: int) -> tuple[Config, ...]:
     """Blocks for `few_tokens`, the default first: 8 warps always, so that a block of x has fewer words than threads,
-    which makes Triton load it straight to where it is used."""
+    which makes Triton load it straight to where it is used. stages 2: the next weights are in flight, where
+    registers are left beside x_bytes of activations for each byte of weights."""
     made = []
     for block_n in (32, 16, 64):
         programs = triton.cdiv(channels, block_n) * triton.cdiv(tokens, few)
-        made.append(Config(few, block_n, 512, warps=8, split=_split(programs, row_bytes, 512)))
+        stages = 1 if x_bytes > 16 else 2
+        made.append(Config(few, block_n, 512, 8, stages, split=_split(programs, row_bytes, 512)))
     if channels <= 32 * 132:
         made[0], made[1] = made[1], made[0]
     return tuple(made)
