@@ -23,12 +23,7 @@ SOURCES = Path("csrc")
 # No contraction: a product and a sum round twice, as in the definition, unless a kernel asks for a fused one.
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 # Vectors never cross the interface; the last two are wrong about GCC's own AVX-512 header.
-WARNINGS = [
-    "-Wall",
-    "-Wextra",
-    "-Wno-uninitialized",
-    "-Wno-maybe-uninitialized",
-]  # both are wrong about GCC's own AVX-512 header
+WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 AVX512 = "f bw vl dq vnni vpopcntdq vbmi vbmi2 bitalg"
 # Folder of csrc/: the flags its files are compiled with, and the macro that tells dispatch.cpp that they are there.
 INSTRUCTION_SETS = {
@@ -40,7 +35,11 @@ INSTRUCTION_SETS = {
             "BQ_HAVE_AVX512",
         ),
     },
-    "aarch64": {"neon": ([], "BQ_HAVE_NEON")},
+    "aarch64": {
+        "neon": ([], "BQ_HAVE_NEON"),
+        "neondot": (["-march=armv8.2-a+dotprod"], "BQ_HAVE_NEONDOT"),
+        "neoni8mm": (["-march=armv8.2-a+dotprod+i8mm"], "BQ_HAVE_NEONI8MM"),
+    },
 }
 MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 

@@ -1,6 +1,7 @@
-// The NEON table (64-bit Arm): rows as the compiler vectorizes them; products are the portable ones.
+// The NEON table (64-bit Arm): rows as the compiler vectorizes them.
 #define BQ_SPACE neon
 #include "../generic/rows.inl"
+#include "kernels_neon.h"
 
 namespace bq {
 
@@ -11,10 +12,10 @@ extern const Kernels kNeonKernels = {
     neon::rotate_rows,
     neon::mask_rotate,
     neon::dequantize_rows,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
+    neon::payload_bytes,
+    neon::prepare,
+    neon::linear,
+    neon::product,
 };
 
 }  // namespace bq

@@ -4,6 +4,9 @@
 //
 //   replay golden.bin        exit code 0: all equal; 1: some differ; 2: the file or the library cannot be used
 //   replay --isas            prints the instruction sets that are there
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -16,12 +19,53 @@
 
 namespace {
 
-// Exactly as long as its contents, so that an address sanitizer sees the first byte beyond.
-struct Array {
-    explicit Array(size_t size) : bytes(size), data(std::malloc(size > 0 ? size : 1)) { std::memset(data, 0xa5, size); }
-    Array(const Array &) = delete;
-    Array(Array &&other) noexcept : bytes(other.bytes), data(other.data) { other.data = nullptr; }
-    ~Array() { std::free(data); }
+[[noreturn]] void give_up(const char *why) {
+    std::fprintf(stderr, "replay: %s\n", why);
+    std::exit(2);
+}
+
+#if !defined(__SANITIZE_ADDRESS__)
+constexpr bool kGuarded = true;
+#else
+constexpr bool kGuarded = false;  // the sanitizer sees as much, and says more
+#endif
+
+// Memory that ends where a page begins that must not be touched: the first byte read beyond ends the program.
+class Guarded {
+  public:
+    explicit Guarded(size_t size) : page_(static_cast<size_t>(sysconf(_SC_PAGESIZE))), inner_((size + page_) / page_ * page_) {
+        if (!kGuarded) {
+            if (posix_memalign(&memory_, 64, size > 0 ? size : 1) != 0) give_up("no memory");
+            data = memory_;
+            return;
+        }
+        memory_ = mmap(nullptr, inner_ + page_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (memory_ == MAP_FAILED) give_up("no memory");
+        char *end = static_cast<char *>(memory_) + inner_;
+        if (mprotect(end, page_, PROT_NONE) != 0) give_up("no memory");
+        data = end - size;
+    }
+    Guarded(const Guarded &) = delete;
+    Guarded(Guarded &&other) noexcept
+        : data(other.data), page_(other.page_), inner_(other.inner_), memory_(other.memory_) {
+        other.memory_ = nullptr;
+    }
+    ~Guarded() {
+        if (memory_ == nullptr) return;
+        kGuarded ? static_cast<void>(munmap(memory_, inner_ + page_)) : std::free(memory_);
+    }
+
+    void *data = nullptr;
+
+  private:
+    size_t page_;
+    size_t inner_;
+    void *memory_ = nullptr;
+};
+
+// Exactly as long as its contents.
+struct Array : Guarded {
+    explicit Array(size_t size) : Guarded(size), bytes(size) { std::memset(data, 0xa5, size); }
 
     template <class T>
     T *as() const {
@@ -29,7 +73,6 @@ struct Array {
     }
 
     size_t bytes;
-    void *data;
 };
 
 struct Record {
@@ -39,11 +82,6 @@ struct Record {
     std::vector<float> floats;
     std::vector<Array> arrays;
 };
-
-[[noreturn]] void give_up(const char *why) {
-    std::fprintf(stderr, "replay: %s\n", why);
-    std::exit(2);
-}
 
 void read_bytes(std::FILE *file, void *to, size_t bytes) {
     if (bytes > 0 && std::fread(to, 1, bytes, file) != bytes) give_up("the file ends early");
@@ -182,8 +220,8 @@ void replay_linear(const Record &record, int threads) {
     w.step = a[3].as<float>();
     int64_t bytes = 0;
     if (!ran(record, threads, bq_weight_bytes(&w, &bytes))) return;
-    void *prepared = nullptr;
-    if (posix_memalign(&prepared, 64, static_cast<size_t>(bytes)) != 0) give_up("no memory");
+    const Guarded memory(static_cast<size_t>(bytes));
+    void *prepared = memory.data;
     if (ran(record, threads, bq_prepare_weight(&w, prepared, threads))) {
         bq_activation x{};
         x.rows = n[8];
@@ -212,7 +250,6 @@ void replay_linear(const Record &record, int threads) {
             }
         }
     }
-    std::free(prepared);
 }
 
 }  // namespace

@@ -80,5 +80,20 @@ def arm(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [emulator, str(build(tmp_path_factory.mktemp("arm"), compiler, "aarch64", "-static", "arm"))]
 
 
-def test_golden_vectors_on_emulated_arm(arm: list[str], golden: Path):
-    assert {"neon", "portable"} <= replay(arm, golden)
+@pytest.mark.parametrize(
+    ("processor", "isas"),
+    [
+        ("max", {"neoni8mm", "neondot", "neon", "portable"}),
+        ("neoverse-n1", {"neondot", "neon", "portable"}),  # dot products of two signed or two unsigned operands only
+        ("cortex-a72", {"neon", "portable"}),
+    ],
+)
+def test_golden_vectors_on_emulated_arm(arm: list[str], golden: Path, processor: str, isas: set[str]):
+    """On processors with and without the instructions of each set, which take those they have and refuse the others."""
+    emulated = [arm[0], "-cpu", processor, arm[1]]
+    assert replay(emulated, golden) == isas
+    for missing in {"neoni8mm", "neondot"} - isas:
+        forced = {**os.environ, "BITQUEST_ISA": missing}
+        done = subprocess.run([*emulated, str(golden)], capture_output=True, text=True, check=False, env=forced)
+        assert done.returncode == 2
+        assert "not available here" in done.stderr

@@ -1,0 +1,31 @@
+// The products of NEON with mixed dot products (Armv8.6, Neoverse V1 and N2, Apple M2): usdot adds four products of
+// unsigned by signed bytes to 32-bit sums.
+#include "../neon/vectors.h"
+
+#define BQ_SPACE neoni8mm
+
+namespace bq::neoni8mm {
+namespace {
+
+template <int Bits>
+struct Dots {
+    static constexpr int kSteps = 8;
+    static constexpr int kRows = 12;
+    static constexpr int kTiles = 2;
+    static constexpr int kChains = 8;
+    static constexpr int32_t kShift = 0;
+    using Sum = I32;
+    struct Part {};
+
+    static I32 field(const uint8_t *words, int step) { return field_of<Bits>(words, step); }
+    static void add(Sum &sum, Part &, I32 v, I32 a) {
+        sum = (I32)vusdotq_s32((int32x4_t)sum, (uint8x16_t)v, (int8x16_t)a);
+    }
+    static void fold(Sum &, const Part &) {}
+    static I32 total(const Sum &sum) { return sum; }
+};
+
+}  // namespace
+}  // namespace bq::neoni8mm
+
+#include "../lanes/products.inl"
