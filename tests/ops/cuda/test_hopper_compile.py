@@ -97,3 +97,10 @@ def test_s8_sparse_wgmma_becomes_the_machine_code_it_was_written_for(tile, varia
         code = machine_code("s8_sparse_wgmma.cu", made.options, tmp_path)
         loads = {"UTMALDG.3D", "UTMALDG.3D.MULTICAST", "UBLKCP.S.G"}
         check(code, f"IGMMA.SP.64x{tile.columns}x64.S8.S8", 2 * tile.rows_64, loads)
+
+
+def test_split_planes_keeps_to_registers_and_wide_accesses(tmp_path):
+    names = Counter(name for name, _ in machine_code("split_planes.cu", (), tmp_path))
+    assert not [name for name in names if name.startswith(("LDL", "STL"))]
+    assert names["LDG.E.128"] >= 1
+    assert names["STG.E.64"] >= 2

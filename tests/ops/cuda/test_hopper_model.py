@@ -14,7 +14,7 @@ from bitquest.numerics.packing import pack
 from bitquest.numerics.sparsity import NofM
 from bitquest.ops.cuda import sparse
 from bitquest.ops.cuda.hopper import OUTPUTS, TILES, Tile, plan
-from bitquest.ops.cuda.planes import plane_sums, planes_of
+from bitquest.ops.cuda.planes import plane_sums, planes_of, split_planes
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[2] / "src" / "bitquest" / "ops" / "cuda" / "kernels"
@@ -148,3 +148,17 @@ def test_sparse_products_are_exact_whatever_comes_late(tile, bits, pattern, out,
     for shape in shapes:
         for seed in seeds:
             check_sparse(program, tile, bits, pattern, out, shape, seed)
+
+
+@pytest.mark.parametrize(("rows", "width", "pitch"), [(5, 130, 33), (300, 512, 128), (37, 1000, 256), (1, 1, 1)])
+def test_planes_are_split_as_torch_splits_them(rows, width, pitch, tmp_path):
+    codes = torch.randint(-2, 2, (rows, width), dtype=torch.int8)
+    packed, expected = pack(codes, 2), split_planes(pack(codes, 2), width)
+    within = np.pad(packed.numpy(), ((0, 0), (0, pitch - packed.shape[1])), constant_values=0xFF).reshape(-1)
+    plane_pitch = expected.stride(1)
+    head = np.array([rows, packed.shape[1], pitch, plane_pitch], dtype=np.int32)
+    program = build("planes_main.cpp", (), tmp_path)
+    output = bytearray(run(program, [head, within[: (rows - 1) * pitch + packed.shape[1]]]))
+    made = torch.frombuffer(output, dtype=torch.uint8).reshape(2, rows, plane_pitch)
+    assert torch.equal(made[..., : expected.shape[2]], expected)
+    assert not made[..., expected.shape[2] :].any()

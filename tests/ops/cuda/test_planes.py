@@ -19,6 +19,15 @@ def test_planes_are_the_bits_of_the_codes(width):
     assert torch.equal(2 * high + low - 2, codes)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [1, 13, 127, 512, 4096])
+def test_the_device_splits_alike(width):
+    packed = pack(torch.randint(-2, 2, (333, width), dtype=torch.int8), 2)
+    assert torch.equal(split_planes(packed.cuda(), width).cpu(), split_planes(packed, width))
+    odd = torch.nn.functional.pad(packed, (3, 5)).cuda()[:, 3:-5]  # rows on any byte
+    assert torch.equal(split_planes(odd, width).cpu(), split_planes(packed, width))
+
+
 @pytest.mark.parametrize("bits", [1, 2])
 def test_sums_are_those_of_the_odd_integers(bits):
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (7, 77), dtype=torch.int8)

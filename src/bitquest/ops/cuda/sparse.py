@@ -3,6 +3,9 @@
 The instruction keeps two of every four consecutive elements along K. In a group of 8 the pair pattern keeps two of four
 pairs, so that among the four even elements, and among the four odd ones, exactly two are kept: with the order
 0 2 4 6 1 3 5 7 in every group of 8, for both operands, the pairs are plain 2:4 (METHOD, "Sparse representations").
+
+The floor is 2·T·N·K operations, dropped ones counted, at 4 times the bf16 rate (8192³ at an H200's 990 T: 278 µs). Not
+measured on a GPU yet, and its tiles are not tuned. The first call of a tile compiles and loads, as in hopper.py.
 """
 
 import ctypes
