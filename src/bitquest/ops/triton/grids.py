@@ -23,7 +23,7 @@ def in_steps(x, step, inverse, GIVEN: tl.constexpr):
         t = tl.div_rn(x, step)
     else:
         guess = x * inverse
-        t = tl.fma(tl.fma(-guess, step, x), inverse, guess)
+        t = tl.fma(tl.fma(guess, -step, x), inverse, guess)
     return t
 
 
