@@ -1,8 +1,8 @@
 """Products of 1-bit planes on Hopper's warpgroup tensor cores: which kernel, which tile, and the launch.
 
 kernels/b1_wgmma.cu says how it works. An operand of b bits is b planes of bits (planes.py); 1 bit is one plane, the
-packed codes themselves. For T×K times K×N in one bit the floor is 2·T·N·K operations at 16 times the bf16 rate (8192³ at
-an H200's 990 T: 69 µs; W2A2, four products: 278 µs). Not measured on a GPU yet, and its tiles are not tuned.
+packed codes themselves. For T×K times K×N in one bit the floor is 2·T·N·K operations at 16 times the bf16 rate (8192³
+at an H200's 990 T: 69 µs; W2A2, four products: 278 µs). Not measured on a GPU yet, and its tiles are not tuned.
 
 The first call of a tile compiles for sm_90a (about a second, later processes read the cache) and loads the kernel: make
 it before capturing a CUDA graph, which does not allow loading. What is proven without a GPU, and how:
