@@ -68,8 +68,21 @@ def _triton() -> tuple[bool, str]:
     return True, "fused quantization, int8 and few-bit products in Triton"
 
 
+def _cuda() -> tuple[bool, str]:
+    if interpreted():
+        return False, "TRITON_INTERPRET=1 runs the kernels beside it on the CPU"
+    there, reason = _triton()
+    if not there:
+        return False, reason
+    from bitquest.ops.cuda.one_bit import availability
+
+    return availability()
+
+
 def _probe(backend: Backend) -> tuple[bool, str]:
     match backend:
+        case Backend.CUDA:
+            return _cuda()
         case Backend.TRITON:
             return _triton()
         case Backend.NATIVE:
@@ -78,7 +91,7 @@ def _probe(backend: Backend) -> tuple[bool, str]:
             return availability()
         case Backend.TORCH:
             return True, "exact integers through torch's int8 matrix product; runs wherever torch does"
-    return False, "not in this version"
+    raise AssertionError(f"{backend} has no probe")
 
 
 @cache
@@ -93,6 +106,12 @@ def _native_engine() -> Engine:
     return NativeEngine()
 
 
+def _cuda_engine() -> Engine:
+    from bitquest.ops.cuda.engine import CudaEngine
+
+    return CudaEngine()
+
+
 def _triton_engine() -> Engine:
     from bitquest.ops.triton.engine import TritonEngine
 
@@ -100,6 +119,7 @@ def _triton_engine() -> Engine:
 
 
 _MAKERS: dict[Backend, Callable[[], Engine]] = {
+    Backend.CUDA: _cuda_engine,
     Backend.TRITON: _triton_engine,
     Backend.NATIVE: _native_engine,
     Backend.TORCH: TorchEngine,
