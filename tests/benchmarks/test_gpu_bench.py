@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bitquest.benchmarks import gpu, gpu_worker
-from bitquest.benchmarks.gpu import Bench, Plan, judged
+from bitquest.benchmarks.gpu import Bench, Plan, add_floors, judged
 from bitquest.benchmarks.gpu_check import WrongResultError
 from bitquest.benchmarks.gpu_context import Context, describe_device
 from bitquest.benchmarks.gpu_report import lines, main, one_line
@@ -225,6 +225,30 @@ def test_the_slowest_shape_decides():
     assert "target_met" not in judged("prefill-w4a4", {"status": "wrong", "reason": "x"})
 
 
+def test_what_the_hardware_allows():
+    floors = {
+        "copy": {"value": 1000.0, "unit": "GB/s"},
+        "torch._int_mm, 8192³": {"value": 100.0, "unit": "TOP/s"},
+        "Triton s8 product alone, 8192³": {"value": 200.0, "unit": "TOP/s"},
+        "b1 product alone by mma, 8192³": {"value": 2000.0, "unit": "TOP/s"},
+        "b1 product alone by wgmma, 8192³": {"value": None, "unit": "TOP/s"},
+    }
+
+    def share(row, tokens, operations, moved):
+        result = _measured(1.0)  # 100 µs
+        result["rows"][0] |= {"operations": operations, "bytes": moved, "tokens": tokens}
+        add_floors(row, result, floors)
+        return result["rows"][0]["share_of_floor"]
+
+    assert share("prefill-w4a4", 64, 1e10, 1e6) == pytest.approx(0.5)  # 50 µs at the best s8 rate
+    assert share("w1a1-8192", 64, 1e11, 1e6) == pytest.approx(0.5)  # 50 µs at the b1 rate
+    assert share("prefill-w4a4", 64, 1e9, 8e7) == pytest.approx(0.8)  # 80 µs at the bandwidth
+    assert share("decode-w4", 1, 1e12, 2e7) == pytest.approx(0.2)  # bytes alone count for one token
+    bare = _measured(1.0)
+    add_floors("block-w4a4", bare, floors)
+    assert "share_of_floor" not in bare["rows"][0]
+
+
 def test_the_report(tmp_path, capsys):
     cases = {
         "prefill-w4a4": judged("prefill-w4a4", _measured(2.0, 1.7)),
@@ -236,7 +260,7 @@ def test_the_report(tmp_path, capsys):
     text = "\n".join(lines(result))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
     by_shape = {row[1]: row for row in rows}
-    assert by_shape["shape 0"][2:] == ["100 µs", "50 µs", "2.00×", "2.01×", "", "1.65×", "1.85×", "beyond"]
+    assert by_shape["shape 0"][2:] == ["100 µs", "50 µs", "2.00×", "2.01×", "", "", "1.65×", "1.85×", "beyond"]
     assert by_shape["shape 1"][-1] == "yes"
     assert by_shape["wrong: output: 3"][4] == ""
     assert by_shape["not measured: the budget ended"][0] == "w2a2"

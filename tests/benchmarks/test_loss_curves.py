@@ -22,10 +22,19 @@ def _curves(fused, *references):
     return {"fused": [9.0, *fused]} | {f"reference, seed {s}": [9.0, *curve] for s, curve in enumerate(references)}
 
 
-@pytest.mark.parametrize(("fused", "within"), [((1.0, 2.0), True), ((2.0, 2.5), True), ((2.0, 2.6), False)])
-def test_the_mean_of_the_last_losses_lies_within_the_spread(fused, within):
+@pytest.mark.parametrize(
+    ("fused", "within", "between"),
+    [
+        ((1.0, 2.0), True, True),
+        ((2.0, 2.4), True, True),
+        ((0.5, 1.5), True, False),
+        ((2.0, 2.6), False, False),
+        ((0.5, 0.9), False, False),
+    ],
+)
+def test_the_mean_of_the_last_losses_lies_within_the_spread(fused, within, between):
     found = verdict(_curves(fused, (1.0, 2.0), (2.0, 2.5)), SMALL)
-    assert found["within_spread"] is within
+    assert (found["within_spread"], found["between_references"]) == (within, between)
     assert found["reference_spread"] == [1.5, 2.25]
     assert found["fused_minus_reference"] == pytest.approx(sum(fused) / 2 - 1.5)
 

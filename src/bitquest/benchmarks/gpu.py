@@ -138,7 +138,10 @@ class Bench:
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain JSON values: the table's rows in its order."""
-        floors = self.results.get("floors", {})
+        floors = self.results.get("floors", {}).get("floors", {})
+        for row, result in self.results.items():
+            if row != "floors":
+                add_floors(row, result, floors)
         return {
             "device": self.device,
             "dry_run": self.plan.tiny,
@@ -146,7 +149,7 @@ class Bench:
             "rounds": self.plan.rounds,
             "budget_seconds": self.plan.budget,
             "seconds": round(self.seconds, 1),
-            "floors": floors.get("floors", {}),
+            "floors": floors,
             "cases": {row: self.results[row] for row in ROWS if row in self.results},
         }
 
@@ -160,6 +163,25 @@ def _read(process: "subprocess.Popen[str]", lines: "queue.Queue[str | None]") ->
         else:
             sys.stderr.write(line)
     lines.put(None)
+
+
+def add_floors(row: str, result: dict[str, Any], floors: dict[str, Any]) -> None:
+    """Add to each measured shape of a layer the least time that the measured hardware allows, and our share of it."""
+    scheme = next(job.scheme for job in JOBS if row in job.rows)
+    kind = "b1 " if scheme == "w1a1" else "s8 |_int_mm"
+    rates = [
+        floor["value"] * 1e12
+        for name, floor in floors.items()
+        if floor["value"] and any(part in name for part in kind.split("|"))
+    ]
+    bandwidth = (floors.get("copy") or {}).get("value")
+    for measured in result.get("rows", ()):
+        if "bytes" not in measured or not rates or not bandwidth:
+            continue
+        by_operations = measured["operations"] / max(rates) if measured["tokens"] > 1 else 0.0
+        floor = max(by_operations, measured["bytes"] / (bandwidth * 1e9))
+        measured["floor_seconds"] = floor
+        measured["share_of_floor"] = floor / measured["ours"]["median_seconds"]
 
 
 def judged(row: str, result: dict[str, Any], real: bool = True) -> dict[str, Any]:

@@ -13,7 +13,19 @@ Cells = tuple[str, ...]
 
 _COUNTS = "past the L2"  # the condition that targets are about
 
-_CASES: Cells = ("case", "shape", "baseline", "ours", "speed-up", "of minima", "L2-warm", "target", "beyond", "met")
+_CASES: Cells = (
+    "case",
+    "shape",
+    "baseline",
+    "ours",
+    "speed-up",
+    "of minima",
+    "L2-warm",
+    "of floor",
+    "target",
+    "beyond",
+    "met",
+)
 
 
 def lines(result: dict[str, Any]) -> list[str]:
@@ -43,7 +55,7 @@ def case_cells(name: str, case: dict[str, Any]) -> list[Cells]:
     measured = [row for row in case.get("rows", ()) if row["memory"] == _COUNTS]
     if not measured:
         why = f"{case['status']}: {case.get('reason', '')}"
-        return [(name, why, "", "", "", "", "", target, beyond, "")]
+        return [(name, why, *[""] * 6, target, beyond, "")]
     warm = {row["shape"]: row for row in case["rows"] if row["memory"] == "L2-warm"}
     cells: list[Cells] = []
     for row in measured:
@@ -58,6 +70,7 @@ def case_cells(name: str, case: dict[str, Any]) -> list[Cells]:
                 _times(ours["speedup_of_medians"]),
                 _times(ours["speedup_of_minima"]),
                 "" if other is None else _times(other["ours"]["speedup_of_medians"]),
+                f"{row['share_of_floor']:.0%}" if "share_of_floor" in row else "",
                 target,
                 beyond,
                 _met(case, ours["speedup_of_medians"]),
@@ -110,8 +123,16 @@ def curve_lines(result: dict[str, Any]) -> list[str]:
     settings = result["settings"]
     rows = [(name, f"{mean:.4f}") for name, mean in result["means_of_last"].items()]
     found = table((f"loss, {settings['preset']}, {settings['scheme']}", f"mean of the last {settings['last']}"), rows)
-    within = {True: "yes", False: "no", None: "not known"}[result["within_spread"]]
-    return [*found, f"fused within the spread of the references: {within}"]
+    if result["within_spread"] is None:
+        return [*found, f"no verdict: not run: {', '.join(result['skipped'])}"]
+    low, high = result["reference_spread"]
+    apart, within = result["fused_minus_reference"], "yes" if result["within_spread"] else "no"
+    between = "yes" if result["between_references"] else "no"
+    return [
+        *found,
+        f"fused - reference of the same seed: {apart:+.4f}; spread of the references: {high - low:.4f}; "
+        f"within it: {within}; between the references: {between}",
+    ]
 
 
 def main(words: Sequence[str]) -> int:

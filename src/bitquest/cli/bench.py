@@ -129,6 +129,7 @@ def loss_curves(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Loss curves of the fused training path and of the reference, from one seed and from several."""
+    from bitquest.benchmarks.gpu_report import curve_lines
     from bitquest.benchmarks.hardware import describe
     from bitquest.benchmarks.loss_curves import CurveSettings, compare_curves
     from bitquest.benchmarks.results import check_place, write_result
@@ -152,7 +153,7 @@ def loss_curves(
     if json:
         print_json_object("bench loss-curves", {"hardware": describe(), **result})
     else:
-        told = {True: "yes", False: "no", None: "unknown: not every run was made"}[result["within_spread"]]
-        err.print(f"within the spread of the references: {told}", highlight=False)
+        for line in curve_lines(result):
+            err.print(line, soft_wrap=True, highlight=False, markup=False)
     if result["within_spread"] is False:
         raise typer.Exit(1)
