@@ -94,7 +94,7 @@ def losses(tokens: Tokens, settings: CurveSettings, backend: str, seed: int) -> 
 
 
 def verdict(curves: dict[str, Sequence[float]] | dict[str, list[float]], settings: CurveSettings) -> dict[str, Any]:
-    """Means of the last losses, the references' spread, whether the fused path is within it (None: runs are missing)."""
+    """Means of the last losses, the references' spread, whether the fused path is within it (None: runs missing)."""
     means = {name: statistics.fmean(curve[-settings.last :]) for name, curve in curves.items()}
     references = [mean for name, mean in means.items() if name != "fused"]
     whole = "fused" in means and len(references) == settings.seeds
