@@ -23,7 +23,14 @@ SOURCES = Path("csrc")
 # No contraction: a product and a sum round twice, as in the definition, unless a kernel asks for a fused one.
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 # Vectors never cross the interface; the last two are wrong about GCC's own AVX-512 header.
-WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+WARNINGS = [
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+    "-Wno-unknown-warning-option",
+]
 AVX512 = "f bw vl dq vnni vpopcntdq vbmi vbmi2 bitalg"
 # Folder of csrc/: the flags its files are compiled with, and the macro that tells dispatch.cpp that they are there.
 INSTRUCTION_SETS = {

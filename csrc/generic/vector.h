@@ -61,21 +61,18 @@ inline Floats magnitude(Floats x) { return as_floats(as_integers(x) & 0x7fffffff
 template <int Distance>
 inline Floats butterfly(Floats x) {
     static_assert(Distance < kWide, "within a register");
-    Integers order;
     Floats sign;
-    for (int i = 0; i < kWide; ++i) {
-        order[i] = i ^ Distance;
-        sign[i] = (i & Distance) != 0 ? -1.0f : 1.0f;
-    }
-#if defined(__clang__)
-    Floats swapped;
-    if constexpr (kWide == 4 && Distance == 1) swapped = __builtin_shufflevector(x, x, 1, 0, 3, 2);
-    if constexpr (kWide == 4 && Distance == 2) swapped = __builtin_shufflevector(x, x, 2, 3, 0, 1);
-    if constexpr (kWide == 8 && Distance == 1) swapped = __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6);
-    if constexpr (kWide == 8 && Distance == 2) swapped = __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
-    if constexpr (kWide == 8 && Distance == 4) swapped = __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
-#else
+    for (int i = 0; i < kWide; ++i) sign[i] = (i & Distance) != 0 ? -1.0f : 1.0f;
+#if !defined(__clang__)
+    Integers order;
+    for (int i = 0; i < kWide; ++i) order[i] = i ^ Distance;
     const Floats swapped = __builtin_shuffle(x, order);
+#elif defined(__AVX2__)
+    constexpr int d = Distance;
+    const Floats swapped = __builtin_shufflevector(x, x, 0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d, 4 ^ d, 5 ^ d, 6 ^ d, 7 ^ d);
+#else
+    constexpr int d = Distance;
+    const Floats swapped = __builtin_shufflevector(x, x, 0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d);
 #endif
     return x * sign + swapped;
 }
