@@ -116,7 +116,7 @@ def test_every_grid(grid: Grid, device: torch.device) -> None:
 def test_shapes_blocks_and_dtypes(
     tokens: int, width: int, block: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    for bits in (1, 3, 4):
+    for bits in (1, 3, 4) if dtype == torch.bfloat16 else (4,):
         check(rows((tokens, width), device, dtype, seed=width), Quantizer(grid=UniformGrid(bits)), block)
 
 
@@ -246,7 +246,7 @@ def test_a_mask_that_passes_everything_is_empty(device: torch.device) -> None:
 def test_how_many_codes_flip(bits: int, rate: float, device: torch.device) -> None:
     """Against float64 at the kernel's step: METHOD's rates between two float32 rotations, chance allowed."""
     for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
+        x = torch.randn(512, 1024, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
         quantizer = Quantizer(grid=UniformGrid(bits))
         made = quantize_rows(x, quantizer, 128, want=frozenset({"packed"}))
         assert made.packed is not None

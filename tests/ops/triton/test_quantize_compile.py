@@ -115,4 +115,6 @@ def test_every_common_shape(case: str, capability: int, compiler: Any) -> None:
 @pytest.mark.parametrize("case", LONG)
 def test_long_rows_fit(case: str, capability: int, compiler: Any) -> None:
     """They may spill: a row has to stay in the registers of one program."""
+    if "float32" in case and capability < 90:
+        pytest.skip("refused where it is launched: shared memory")
     compiled(compiler, LONG[case], capability)

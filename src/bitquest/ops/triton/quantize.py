@@ -2,15 +2,15 @@
 
 Each element of x is loaded once and stays in registers (tiles.py); what a layer keeps of it are b bits, one mask bit
 and a step a row. The floor for (T, K) bfloat16 to 4 bits and mask is T·K·(2 + 0.5 + 0.125) bytes: 2.625 a value, so at
-3.3 TB/s an H100 has about 22 float32 operations of each of its lanes to spend on a value. Where they go: 256 operations
-on tensor cores for the rotation (a third of their rate for 16-bit inputs; three times that after a prologue, whose
-float32 result goes in three parts, hadamard.py); one multiplication for 1/√block; one for σ, taken after the rotation,
-where values are float32 already (before it would cost the conversion; METHOD allows both for row scales); three for
-x/Δ; five for the code, one for the mask; shifts and adds to join codes of neighbouring threads into 32-bit words, so
-that packed bytes leave in whole words instead of single bytes. Sizes of σ's sums are those of a row, so a row that
-fills a tile costs one reduction through shared memory. Nothing else is written or read: no x_h, no float mask.
+3.3 TB/s each of an H100's lanes has about 22 instructions to spend on a value. The machine code for sm_90 takes 18.7 at
+4 bits and 13.0 at 1 bit (K = 8192), 256 operations on tensor cores aside, which are a third of their rate for 16-bit
+inputs and three times that after a prologue, whose float32 result is rotated in three parts (hadamard.py). They go to:
+one for σ, taken after the rotation, where values are float32 already (METHOD allows it before too, for row scales; it
+would cost the conversion); three for x/Δ, where 1/√block costs none, since it is multiplied into σ and Δ; five for the
+code; one for the mask; the rest to join codes of neighbouring threads into 32-bit words, so that packed bytes leave in
+whole words. The next tile is copied meanwhile, 16 bytes at a time. No x_h, x_q or float mask is written or read.
 
-Legend: T rows, K elements of a row, G scale groups of a row. Not measured on a GPU yet.
+Legend: T rows, K elements of a row, G scale groups of a row. Instructions are counted, times not measured on a GPU.
 """
 
 from functools import lru_cache
@@ -123,8 +123,8 @@ def quantize_rows(
     x: float32, bfloat16 or float16, rows of any stride. block: 1 (no rotation) to 128. step: float32 (T, 1), (T, G) or
     (1, 1) instead of the scale rule's, handed back as it is. prologue: read x through RMSNorm or SwiGLU in float32.
     A mask that every element passes is empty. Raises ConfigError for N:M sparsity, a step for a whole tensor that is
-    not given, codebooks of more than 16 levels, factors of a grid without integers, rotations and rows that are too
-    long (128, 32768).
+    not given, codebooks of more than 16 levels, factors of a grid without integers, rotations in blocks above 128 and
+    rows above 32768 (16384 in float32 or behind a prologue, where a GPU has less shared memory than Hopper).
     """
     if not want <= set(PARTS):
         raise ConfigError(f"rows have the parts {', '.join(PARTS)}, not {', '.join(sorted(want - set(PARTS)))}")

@@ -44,6 +44,11 @@ def tiles(tokens: int, width: int, device: torch.device, parts: int, at_once: in
     elements = 64 if parts == 1 else 32
     warps = min(16, max(4, blocks * length // (elements * 32)))
     stages = 2 if parts == 1 and blocks <= 128 else 1
+    if parts > 1 and blocks > 128 and _shared_bytes(device) < 227 * 1024:
+        raise ConfigError(
+            f"rows of {width} float32 values (or behind a norm or gate) need more shared memory than this GPU has; "
+            f"up to {128 * length} fit"
+        )
     return Tiles(length, blocks, rows, warps, stages, programs_for(-(-tokens // rows), warps, device))
 
 
@@ -72,6 +77,14 @@ def parts(x: Tensor, block: int, behind_prologue: bool) -> int:
 def in_words(rows: Tensor | None, width: int, bits: int) -> Tensor | None:
     """Packed rows (T, ⌈K·bits/8⌉) as 32-bit words where every row is whole words, as grids.py reads and writes them."""
     return rows if rows is None or width % 32 or 8 % bits else rows.view(torch.int32)
+
+
+@lru_cache(maxsize=16)
+def _shared_bytes(device: torch.device) -> int:
+    """Shared memory one program can have."""
+    if device.type != "cuda":
+        return 227 * 1024  # the interpreter has no limit
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 def check_rotation(width: int, block: int) -> None:
