@@ -106,11 +106,12 @@ def test_every_grid(grid: Grid, device: torch.device) -> None:
     check(rows((5, 160), device, torch.bfloat16), Quantizer(grid=grid), 32)
 
 
-# K: one chunk and less, odd, not whole chunks, whole ones; several rows a tile, one, and a row longer than 64 chunks
+# K: one chunk and less, odd, not whole chunks, whole ones; several rows a tile, one, a row longer than 64 chunks; and
+# 2560, three rows a tile in five tiles: what one tile wrote too much of would spoil one that was finished before.
 @pytest.mark.parametrize(
     ("tokens", "width", "block"),
     [(3, 1, 1), (7, 33, 1), (2, 2, 2), (9, 20, 4), (5, 72, 8), (4, 48, 16), (5, 96, 32), (3, 320, 64), (1, 128, 128),
-     (11, 256, 128), (2, 640, 128), (37, 288, 32), (1, 4480, 128), (2, 8448, 128)],
+     (11, 256, 128), (2, 640, 128), (37, 288, 32), (1, 4480, 128), (13, 2560, 128), (2, 8448, 128)],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_shapes_blocks_and_dtypes(
