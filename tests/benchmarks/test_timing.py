@@ -72,9 +72,13 @@ def test_a_layer_that_computes_something_else_is_not_timed(monkeypatch):
     model = quantize_(Llama(SMALL.model()).init_weights(0), Scheme.parse("w4a4"))
     check_against_definition(model)
     forward = QuantizedLinear.forward
-    monkeypatch.setattr(QuantizedLinear, "forward", lambda self, x: forward(self, x) * (1 + 2e-7))
+    monkeypatch.setattr(QuantizedLinear, "forward", lambda self, x: forward(self, x) * 1.01)
     with pytest.raises(RuntimeError, match=r"q_proj disagrees with the definition"):
         compare_train_step(["w4a4"], SMALL, 1)
+    monkeypatch.setattr(QuantizedLinear, "forward", lambda self, x: forward(self, x) * (1 + 2e-7))
+    exact = quantize_(Llama(SMALL.model()).init_weights(0), Scheme.parse("w4a4"), backend="torch")
+    with pytest.raises(RuntimeError, match=r"q_proj disagrees with the definition"):
+        check_against_definition(exact)
 
 
 def test_a_step_that_diverges_has_no_speed(monkeypatch):

@@ -99,13 +99,14 @@ def gpu(
         if out is not None:  # each time: what was measured stays, whatever comes
             write_result(out, command, bench.to_json())
 
+    hardware = describe()  # before anything is measured: it wakes the device for this process
     bench = Bench(plan, on_row)
     bench.run()
     result = bench.to_json()
     if out is not None:
         write_result(out, command, result)
     if json:
-        print_json_object("bench gpu", {"hardware": describe(), **result})
+        print_json_object("bench gpu", {"hardware": hardware, **result})
     else:
         for line in lines(result):
             err.print(line, soft_wrap=True, highlight=False, markup=False)
