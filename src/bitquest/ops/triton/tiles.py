@@ -7,7 +7,7 @@ registers between its scale and its rounding. Programs stay and walk over the ti
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -84,7 +84,8 @@ def _shared_bytes(device: torch.device) -> int:
     """Shared memory one program can have."""
     if device.type != "cuda":
         return 227 * 1024  # the interpreter has no limit
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's annotations leave this one out
+    return int(properties.shared_memory_per_block_optin)
 
 
 def check_rotation(width: int, block: int) -> None:
