@@ -93,7 +93,7 @@ void finish_floats(const Plan &plan, const int32_t *d, float *totals, const Wind
                         _mm512_fmadd_ps(_mm512_cvtepi32_ps(third), base, _mm512_cvtepi32_ps(second)), base, value);
                 }
                 value = _mm512_mul_ps(value, _mm512_set1_ps(scales[at.x[j]]));
-                total = _mm512_add_ps(total, _mm512_mul_ps(value, _mm512_load_ps(w_steps + at.w[j])));
+                total = _mm512_fmadd_ps(value, _mm512_load_ps(w_steps + at.w[j]), total);
             }
             if (last) {
                 store(plan, token, tile * kLanes, lanes, total);
