@@ -254,6 +254,28 @@ def test_one_bit_with_groups(size: int, device: torch.device) -> None:
     assert torch.equal(b1_vector(*there, 384, out_dtype=torch.float32).cpu(), reference_a8(x, w))
 
 
+def test_nothing_is_written_behind_the_buffers(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, stores = torch.empty, []
+
+    def guarded(*shape: int, **kwargs: object) -> Tensor:
+        store = plain(torch.Size(shape).numel() + 512, **kwargs).fill_(77)
+        stores.append((store, store.numel() - 512))
+        return store[:-512].view(shape)
+
+    monkeypatch.setattr(torch, "empty", guarded)
+    bits, w = operand(UniformGrid(1), 5, 72, seed=33), operand(UniformGrid(1), 21, 72, seed=34)
+    there = [a.to(device) for a in (bits.packed, bits.step, w.packed, w.step)]
+    b1_vector(*there, 72, out_dtype=torch.float32)
+    x = operand(UniformGrid(8), 7, 128, seed=35)
+    for groups in (1, 4):
+        w = operand(UniformGrid(1), 21, 128, groups, seed=36)
+        run_a8(x, w, device)
+        h = torch.ones(7, 128, device=device)
+        weight_only_linear(h, w.packed.to(device), w.step.to(device), w.grid, out_dtype=torch.float32)
+    assert len(stores) > 8
+    assert all((store[length:] == 77).all() for store, length in stores)
+
+
 def test_nothing_to_do(device: torch.device) -> None:
     for tokens, channels in ((0, 5), (3, 0)):
         x, w = operand(UniformGrid(1), tokens, 64), operand(UniformGrid(1), channels, 64)
