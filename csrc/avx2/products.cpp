@@ -22,7 +22,7 @@ struct Dots {  // 1, 2 and 4 bits
 
     static I32 field(const uint8_t *words, int step) { return field_of<Bits>(words, step); }
     static void add(Sum &, Part &part, I32 v, I32 a) {
-        part.sums = _mm256_add_epi16(part.sums, _mm256_maddubs_epi16((__m256i)v, (__m256i)a));
+        add_shorts(part.sums, _mm256_maddubs_epi16((__m256i)v, (__m256i)a));
     }
     static void fold(Sum &sum, const Part &part) {
         sum += (I32)_mm256_madd_epi16(part.sums, _mm256_set1_epi16(1));
@@ -45,7 +45,7 @@ struct Dots<8> {
         const U16 word = load<U16>(words + step / 2 * kBytes);
         return (I32)(step % 2 == 0 ? word & 0xff : word >> 8);
     }
-    static void add(Sum &sum, Part &, I32 v, I32 a) { sum += (I32)_mm256_madd_epi16((__m256i)v, (__m256i)a); }
+    static void add(Sum &sum, Part &, I32 v, I32 a) { add_words(sum, _mm256_madd_epi16((__m256i)v, (__m256i)a)); }
     static void fold(Sum &, const Part &) {}
     static I32 total(const Sum &sum) { return sum; }
 };

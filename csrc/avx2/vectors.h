@@ -30,6 +30,11 @@ inline void store(void *to, V x) {
     std::memcpy(to, &x, sizeof x);
 }
 
+// sum += x. In assembly because GCC 12 otherwise adds many products to each other first, and runs out of registers.
+inline void add_bytes(U8 &sum, U8 x) { asm("vpaddb %1, %0, %0" : "+x"(sum) : "x"(x)); }
+inline void add_shorts(__m256i &sum, __m256i x) { asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x)); }
+inline void add_words(I32 &sum, __m256i x) { asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x)); }
+
 inline I32 splat(const int32_t *word) { return (I32)_mm256_set1_epi32(*word); }
 
 // Sixteen bytes, for every half of a vector; and the one of them that each low half byte of `index` chooses.

@@ -90,17 +90,21 @@ struct Tables {
 template <int XBits, int T, int S>
 void sum_tables(const uint8_t *const *streams, int64_t stride, const uint8_t *x, int64_t blocks, int32_t *d) {
     using Table = Tables<XBits>;
+    const uint8_t *at[S];
+    for (int s = 0; s < S; ++s) at[s] = streams[s];
     for (int i = 0; i < T * S * kBytes; ++i) d[i] = 0;
-    for (int64_t b = 0; b < blocks;) {
+    while (blocks > 0) {
         U16 sums[T][S][2] = {};
-        for (int64_t round = 0; round < kMostAtOnce && b < blocks; ++round) {
-            const int64_t end = at_most(b + Table::kAtOnce, blocks);
+        for (int64_t round = 0; round < kMostAtOnce && blocks > 0; ++round) {
             U8 part[T][S] = {};
-            for (; b < end; ++b, x += 2 * T * Table::kUnit) {
+            const int64_t here = at_most(Table::kAtOnce, blocks);
+            blocks -= here;
+            for (int64_t left = here; left > 0; --left, x += 2 * T * Table::kUnit) {
                 U8 low[S], high[S];
 #pragma GCC unroll 2
                 for (int s = 0; s < S; ++s) {
-                    const U8 bits = load<U8>(streams[s] + b * stride);
+                    const U8 bits = load<U8>(at[s]);
+                    at[s] += stride;
                     low[s] = bits & 15;
                     high[s] = (U8)((U16)bits >> 4) & 15;
                 }
@@ -110,8 +114,8 @@ void sum_tables(const uint8_t *const *streams, int64_t stride, const uint8_t *x,
                     const U8 second = Table::load(x + (T + t) * Table::kUnit);
 #pragma GCC unroll 2
                     for (int s = 0; s < S; ++s) {
-                        part[t][s] += lookup(first, low[s]);
-                        part[t][s] += lookup(second, high[s]);
+                        add_bytes(part[t][s], lookup(first, low[s]));
+                        add_bytes(part[t][s], lookup(second, high[s]));
                     }
                 }
             }

@@ -30,6 +30,9 @@ inline void store(void *to, V x) {
     std::memcpy(to, &x, sizeof x);
 }
 
+// sum += x. In assembly because GCC 12 otherwise adds many of them to each other first, and runs out of registers.
+inline void add_bytes(U8 &sum, U8 x) { asm("add %0.16b, %0.16b, %1.16b" : "+w"(sum) : "w"(x)); }
+
 inline I32 splat(const int32_t *word) { return (I32)vdupq_n_s32(*word); }
 
 // Sixteen bytes; and the one of them that each byte of `index`, below 16, chooses.
