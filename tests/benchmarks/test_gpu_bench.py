@@ -1,8 +1,11 @@
 """The GPU benchmark: its table, its worker, and the process that watches the worker."""
 
 import json
+import os
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,6 +176,39 @@ def test_a_worker_that_never_starts(watched):
     bench = watched({"w1a1-8192": "sys.exit(1)\n", "w1a1-4096": "sys.exit(1)\n"})
     assert "did not start" in bench.results["w1a1-8192"]["reason"]
     assert bench.results["w2a2"]["status"] == "measured"
+
+
+def test_children_that_hold_the_pipe_open_hold_nothing_up(watched):
+    child = "import subprocess; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    began = time.monotonic()
+    bench = watched({"w1a1-8192": f"say(begin=[n]); {child}; sys.exit(7)\n"}, jobs=(A, B))
+    assert time.monotonic() - began < 15
+    assert bench.results["w1a1-8192"]["reason"] == "the measuring process ended with 7"
+    assert bench.results["w1a1-4096"]["status"] == "measured"
+
+
+def test_a_worker_ends_with_the_one_who_started_it(tmp_path):
+    code = (
+        "import subprocess, sys, os, signal\n"
+        "from bitquest.benchmarks.gpu import Worker\n"
+        "body = 'import os, time; from bitquest.benchmarks.gpu_worker import end_with_parent, say; '"
+        "'end_with_parent(); say(pid=os.getpid()); time.sleep(60)'\n"
+        "import time\n"
+        "worker = Worker([sys.executable, '-c', body])\n"
+        "print(worker.next(time.monotonic() + 50)['pid'], flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    pid, until = int(done.stdout), time.monotonic() + 10
+    while time.monotonic() < until:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        if (Path(f"/proc/{pid}/stat").read_text().split()[2:3] or ["Z"])[0] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("it outlived its parent")
 
 
 def test_the_budget_skips_what_it_does_not_reach(watched):

@@ -6,12 +6,15 @@ loses the device costs its own row. Jobs that the budget does not reach are repo
 """
 
 import json
+import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +24,7 @@ from bitquest.errors import ConfigError
 OnRow = Callable[[str, dict[str, Any]], None]
 
 _START_SECONDS = 60.0  # for a worker to load torch and find the device
+_TICK_SECONDS = 0.5  # how often to look whether it is still there
 _SHORTEST = 5.0  # with less of the budget left, no job is begun
 
 
@@ -46,7 +50,7 @@ class Plan:
     def command(self, jobs: Sequence[Job]) -> list[str]:
         """The worker that runs these jobs."""
         words = [sys.executable, "-m", "bitquest.benchmarks.gpu_worker", *(job.rows[0] for job in jobs)]
-        words += ["--device", self.device, "--backend", self.backend, "--rounds", str(self.rounds)]
+        words += ["--device", self.device, "--backend", self.backend, "--rounds", str(self.rounds), "--watch-stdin"]
         return [*words, "--tiny"] if self.tiny else words
 
 
@@ -82,48 +86,40 @@ class Bench:
 
     def _worker(self, jobs: list[Job], began: float) -> list[Job]:
         """Run jobs in one process until it ends or has to be ended; the jobs that remain."""
-        left = list(jobs)
-        with subprocess.Popen(self.plan.command(jobs), stdout=subprocess.PIPE, text=True) as process:
-            lines: queue.Queue[str | None] = queue.Queue()
-            threading.Thread(target=_read, args=(process, lines), daemon=True).start()
-            current: Job | None = None
-            limit = _START_SECONDS
-            until = time.monotonic() + min(limit, self._left(began))
-            try:
-                while True:
-                    try:
-                        line = lines.get(timeout=max(0.0, until - time.monotonic()))
-                    except queue.Empty:
-                        in_budget = self._left(began) > 0
-                        reason = f"no answer within {limit:g} s" if in_budget else "the budget ended on the way"
-                        if current is not None:
-                            self._report_missing(current, "failed" if in_budget else "not measured", reason)
-                            left.remove(current)
+        left, current, limit = list(jobs), None, _START_SECONDS
+        worker = Worker(self.plan.command(jobs))
+        until = time.monotonic() + min(limit, self._left(began))
+        try:
+            while True:
+                said = worker.next(until)
+                if said is None:
+                    break
+                if "begin" in said:
+                    if self._left(began) < _SHORTEST:
                         return left
-                    if line is None:
-                        if current is not None:
-                            code = process.wait()
-                            self._report_missing(current, "failed", f"the measuring process ended with {code}")
-                            left.remove(current)
-                        return left
-                    said = json.loads(line)
-                    if "begin" in said:
-                        if self._left(began) < _SHORTEST:
-                            return left
-                        current = next(job for job in left if list(job.rows) == said["begin"])
-                        limit = current.limit
-                        until = time.monotonic() + min(limit, self._left(began))
-                    elif "row" in said:
-                        self._take(said["row"], said["result"])
-                    elif "end" in said:
-                        assert current is not None
-                        left.remove(current)
-                        current, limit = None, _START_SECONDS
-                        until = time.monotonic() + min(limit, self._left(began))
-                    else:
-                        self.device = said["device"]
-            finally:
-                process.kill()
+                    current = next(job for job in left if list(job.rows) == said["begin"])
+                    limit = current.limit
+                elif "row" in said:
+                    self._take(said["row"], said["result"])
+                    continue
+                elif "end" in said:
+                    assert current is not None
+                    left.remove(current)
+                    current, limit = None, _START_SECONDS
+                else:
+                    self.device = said["device"]
+                until = time.monotonic() + min(limit, self._left(began))
+        finally:
+            code = worker.end()
+        if current is not None:
+            status, reason = "failed", f"the measuring process ended with {code}"
+            if code is None:
+                in_budget = self._left(began) > 0
+                status = "failed" if in_budget else "not measured"
+                reason = f"no answer within {limit:g} s" if in_budget else "the budget ended on the way"
+            self._report_missing(current, status, reason)
+            left.remove(current)
+        return left
 
     def _take(self, row: str, result: dict[str, Any]) -> None:
         self.results[row] = result if row == "floors" else judged(row, result, not self.plan.tiny)
@@ -154,15 +150,56 @@ class Bench:
         }
 
 
-def _read(process: "subprocess.Popen[str]", lines: "queue.Queue[str | None]") -> None:
-    """Hand on what the worker says; None at its end. A line that is no JSON object is somebody else's: on to stderr."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("{"):
-            lines.put(line)
-        else:
-            sys.stderr.write(line)
-    lines.put(None)
+class Worker:
+    """A process that says JSON objects, one a line, and ends when this process does."""
+
+    def __init__(self, command: list[str]) -> None:
+        # A session of its own, so that what it starts is ended with it; it reads the end of stdin as our end.
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        """Queue what it says; None at its end. A line that is no JSON object is somebody else's: on to stderr."""
+        assert self._process.stdout is not None
+        with self._process.stdout as stdout:
+            for line in stdout:
+                if line.startswith("{"):
+                    self._lines.put(line)
+                else:
+                    sys.stderr.write(line)
+        self._lines.put(None)
+
+    def next(self, until: float) -> dict[str, Any] | None:
+        """What it says next; None where it has ended, or says nothing before `until` on the monotonic clock."""
+        while True:
+            ended = self._process.poll() is not None
+            wait = min(_TICK_SECONDS, until - time.monotonic())
+            try:
+                line = self._lines.get(timeout=max(0.0, wait))
+            except queue.Empty:
+                # Its own children may hold the pipe open after its end.
+                if ended or time.monotonic() >= until:
+                    return None
+                continue
+            if line is None:
+                with suppress(subprocess.TimeoutExpired):
+                    self._process.wait(_TICK_SECONDS)
+                return None
+            said: dict[str, Any] = json.loads(line)
+            return said
+
+    def end(self) -> int | None:
+        """End it and all it started. Its exit code if it ended by itself, else None."""
+        code = self._process.poll()
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        return code
 
 
 def add_floors(row: str, result: dict[str, Any], floors: dict[str, Any]) -> None:

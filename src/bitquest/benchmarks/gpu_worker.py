@@ -7,7 +7,10 @@ costs one case and not the rest. Lines: {"device": …} first, {"begin": [rows]}
 
 import argparse
 import json
+import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -80,6 +83,16 @@ def _device_answers(context: Context) -> bool:
     return True
 
 
+def end_with_parent() -> None:
+    """End this process, and what it started, when the process that started it is gone: a GPU is not left busy."""
+
+    def watch() -> None:
+        sys.stdin.read()
+        os.killpg(0, signal.SIGKILL) if os.getpgrp() == os.getpid() else os._exit(4)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run the jobs whose first rows are named. 0: all of them ended; 3: the device was lost on the way."""
     parser = argparse.ArgumentParser(prog="python -m bitquest.benchmarks.gpu_worker", description=__doc__)
@@ -88,7 +101,10 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--tiny", action="store_true", help="tiny data, for dry runs")
+    parser.add_argument("--watch-stdin", action="store_true", help="end when stdin ends")
     chosen = parser.parse_args(words)
+    if chosen.watch_stdin:
+        end_with_parent()
     device = torch.device(chosen.device)
     sizes = TINY if chosen.tiny else Sizes()
     context = Context(device, chosen.backend, sizes, chosen.rounds)
