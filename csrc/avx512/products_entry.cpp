@@ -100,8 +100,9 @@ int32_t run(const bq_weight &w, const bq_activation &x, Plan *plan, int threads)
                      own_sums ? plan->layout.tiles * plan->groups * kLanes : 0)) {
         return BQ_NO_MEMORY;
     }
-    // Waking threads costs more than packing one row.
+    // Waking a thread costs a microsecond or two: not for one row, nor for half a million products.
     const int packing = plan->rows * w.width > 65536 ? threads : 1;
+    if (plan->rows * w.width * w.channels < 1 << 19) threads = 1;
     if (floats) split_floats(x, w.width, memory.factors, memory.scales, packing);
     const float *steps = floats ? memory.scales : x.step;
     const float unit = plan->form_x.unit * plan->form_w.unit;

@@ -46,8 +46,13 @@ void scatter(int32_t *to, int64_t stride, __m512i words, int64_t count) {
 
 // Bits [at, at + count) of a row, count <= 32; the row is read no further than its `bytes`.
 uint32_t bits_of(const uint8_t *row, int64_t bytes, int64_t at, int64_t count) {
-    uint64_t word = 0;
     const int64_t left = bytes - at / 8;
+    if (count == 32 && at % 8 == 0) {
+        uint32_t whole;
+        std::memcpy(&whole, row + at / 8, 4);
+        return whole;
+    }
+    uint64_t word = 0;
     std::memcpy(&word, row + at / 8, static_cast<size_t>(left < 8 ? left : 8));
     word >>= at % 8;
     return static_cast<uint32_t>(count >= 32 ? word : word & ((1ull << count) - 1));

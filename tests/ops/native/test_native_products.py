@@ -211,17 +211,18 @@ def test_weight_only_of_zeros_and_of_what_is_not_finite(isa: str) -> None:
 
 @pytest.mark.parametrize("pair", [("1", "1"), ("2", "2"), ("4", "4"), ("1", "8"), ("8", "8"), ("4", "16")])
 def test_threads_give_the_same_bits(isa: str, pair: tuple[str, str]) -> None:
+    """Shapes large enough that threads are used at all."""
     before = torch.get_num_threads()
-    for tokens, channels, groups in ((1, 129, 1), (13, 129, 5), (40, 64, 1)):
-        w = operand(pair[0], channels, 320, groups)
-        x = None if pair[1] == "16" else operand(pair[1], tokens, 320, groups)
-        rows = torch.randn(tokens, 320) if x is None else x.rows()
+    for tokens, channels, groups in ((1, 900, 1), (13, 129, 5), (40, 64, 1)):
+        w = operand(pair[0], channels, 640, groups)
+        x = None if pair[1] == "16" else operand(pair[1], tokens, 640, groups)
+        rows = torch.randn(tokens, 640) if x is None else x.rows()
         form = None if x is None else x.form
         results = []
         try:
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                results.append(native_linear.linear(prepared(w, form), rows, channels, 320, form))
+                results.append(native_linear.linear(prepared(w, form), rows, channels, 640, form))
         finally:
             torch.set_num_threads(before)
         assert torch.equal(results[0], results[1])
