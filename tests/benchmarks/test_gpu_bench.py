@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitquest.benchmarks import gpu, gpu_worker
+from bitquest.benchmarks import gpu, gpu_step, gpu_worker
 from bitquest.benchmarks.gpu import Bench, Plan, add_floors, judged
 from bitquest.benchmarks.gpu_check import WrongResultError
 from bitquest.benchmarks.gpu_context import Context, describe_device
@@ -78,6 +78,25 @@ def test_every_kind_runs_on_a_cpu(worker, row):
     assert {result["status"] for result in results.values()} == {"measured"}
     assert row in results
     assert all(check["found"] <= check["allowed"] for check in results[row]["checks"].values() if "found" in check)
+
+
+def test_a_step_that_does_not_compile_has_no_ratio_that_counts(worker, monkeypatch):
+    def refused(*_, **__):
+        def compiled(*_):
+            raise torch._dynamo.exc.TorchDynamoException("a graph break\nmore")
+
+        return compiled
+
+    monkeypatch.setattr(gpu_step, "is_compiled", lambda _: True)
+    monkeypatch.setattr(torch, "compile", refused)
+    _, said = worker("step-bf16")
+    results = {line["row"]: line["result"] for line in said if "row" in line}
+    assert list(results) == ["step-bf16", "step-paper"]
+    for row, result in results.items():
+        assert (result["status"], result["reason"]) == ("failed", "torch.compile: a graph break")
+        assert result["rows"][0]["memory"] == "uncompiled"
+        assert "target_met" not in judged(row, result)
+        assert one_line(row, judged(row, result)) == f"{row}: failed: torch.compile: a graph break"
 
 
 def test_floors_stand_alone(worker, monkeypatch):
