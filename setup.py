@@ -66,7 +66,8 @@ class BuildNative(build_ext):
             print(f"warning: the native CPU engine was not built: {failure}", file=sys.stderr)
 
     def get_ext_filename(self, fullname: str) -> str:
-        return str(Path(*fullname.split("."))) + ".so"
+        # A name that Python does not take for a module of its own.
+        return str(Path(*fullname.split(".")[:-1]) / "libbitquest.so.1")
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
@@ -91,7 +92,7 @@ class BuildNative(build_ext):
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             objects = list(pool.map(lambda job: self._compile(*job, newest), sorted(jobs)))
         target.parent.mkdir(parents=True, exist_ok=True)
-        made = target.with_suffix(".linking")
+        made = target.with_name(f"{target.name}.linking")
         self._run([*self._compiler(), *linking, *extra, "-pthread", "-o", str(made), *objects])
         made.replace(target)  # a process that has the old one loaded keeps it
 

@@ -143,7 +143,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "bq_product": (c_int32, [c_void_p, c_int64, POINTER(CActivation), c_void_p, c_int64, c_int32]),
 }
 
-LIBRARY = Path(__file__).parent / "_native.so"
+LIBRARY = Path(__file__).parent / "libbitquest.so.1"
 
 
 @cache

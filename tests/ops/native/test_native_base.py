@@ -28,7 +28,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_without_a_library_it_says_what_is_missing_and_what_that_costs(monkeypatch, tmp_path):
-    monkeypatch.setattr(native_abi, "LIBRARY", tmp_path / "_native.so")
+    monkeypatch.setattr(native_abi, "LIBRARY", tmp_path / "libbitquest.so.1")
     monkeypatch.setattr(native_abi, "open_library", native_abi.open_library.__wrapped__)
     there, reason = native.availability()
     assert not there
@@ -36,7 +36,7 @@ def test_without_a_library_it_says_what_is_missing_and_what_that_costs(monkeypat
     assert "torch instead" in reason
     with pytest.raises(ConfigError, match="cannot run"):
         native.quantize_rows(torch.randn(2, 4), Quantizer(), 1, WANT)
-    (tmp_path / "_native.so").write_bytes(b"not a library")
+    (tmp_path / "libbitquest.so.1").write_bytes(b"not a library")
     assert "cannot be loaded" in native.availability()[1]
 
 
@@ -55,7 +55,7 @@ def test_importing_the_package_loads_no_library():
 import ctypes
 class Refused(ctypes.CDLL):
     def __init__(self, name, *rest, **more):
-        assert "_native" not in str(name), "loaded at import"
+        assert "libbitquest" not in str(name), "loaded at import"
         super().__init__(name, *rest, **more)
 ctypes.CDLL = Refused
 import bitquest
@@ -121,16 +121,18 @@ def test_the_portable_products_are_the_reference(library_of, monkeypatch, w_bits
         )
         floats, bias = torch.randn(tokens, width), torch.randn(channels)
         prepared = native_linear.prepare(w.step, form, x_form, width, packed=w.packed)
-        assert torch.equal(prepared, native_linear.prepare(w.step, form, x_form, width, factors=w.factors))
+        of_factors = native_linear.prepare(w.step, form, x_form, width, factors=w.factors)
         if x_form is None:
             wanted = weight_only_linear(floats, w.factors, w.step, form) + bias
             made = native_linear.linear(prepared, floats, channels, width, bias=bias)
             torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-5)
+            assert torch.equal(native_linear.linear(of_factors, floats, channels, width, bias=bias), made)
             continue
         x = native.quantize_rows(floats, Quantizer(UniformGrid(x_bits), granularity=granularity), 1, WANT)
         wanted = integer_linear(x.factors, x.step, w.factors, w.step, x_form, form) + bias
         made = native_linear.linear(prepared, x, channels, width, x_form, bias)
         torch.testing.assert_close(made, wanted, rtol=1e-6, atol=1e-6)
+        assert torch.equal(native_linear.linear(of_factors, x, channels, width, x_form, bias), made)
         groups = x.step.shape[1]
         parts = (x.factors.int().unflatten(-1, (groups, -1)), w.factors.int().unflatten(-1, (groups, -1)))
         exact = torch.einsum("tgk,ngk->tgn", *parts).to(torch.int32)
