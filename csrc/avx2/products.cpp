@@ -14,6 +14,7 @@ struct Dots {  // 1, 2 and 4 bits
     static constexpr int kRows = 4;
     static constexpr int kTiles = 2;
     static constexpr int kChains = 1;
+    static constexpr bool kByLane = false;
     static constexpr int32_t kShift = 0;
     using Sum = I32;
     struct Part {
@@ -36,6 +37,7 @@ struct Dots<8> {
     static constexpr int kRows = 4;
     static constexpr int kTiles = 2;
     static constexpr int kChains = 1;
+    static constexpr bool kByLane = false;
     static constexpr int32_t kShift = 0;
     using Sum = I32;
     struct Part {};

@@ -12,6 +12,7 @@ struct Dots {
     static constexpr int kRows = 6;
     static constexpr int kTiles = 2;
     static constexpr int kChains = 8;  // a result waits for 4 or 5 cycles, and two begin in each
+    static constexpr bool kByLane = false;
     static constexpr int32_t kShift = 0;
     using Sum = I32;
     struct Part {};

@@ -19,6 +19,11 @@ constexpr int kElements = 8;                  // in a byte
 constexpr int kVectors = kBytes / kLanes;     // of 32-bit lanes, in a tile
 constexpr int64_t kMostAtOnce = 65535 / 255;  // sums of a byte that fit 16 bits
 
+// Bit `plane` of eight bytes, side by side.
+uint8_t plane_byte(uint64_t eight, int plane) {
+    return static_cast<uint8_t>(((eight >> plane) & 0x0101010101010101u) * 0x0102040810204080u >> 56);
+}
+
 // Every sum of four activations of XBits bits: [u of all four][bits of the weight].
 template <int XBits>
 struct SharedTables {
@@ -39,15 +44,37 @@ struct SharedTables {
     }
 };
 
-// How a row's activations lie in memory: `kUnit` bytes for every four elements. 1 and 2 bits: where in the shared tables
-// theirs begins; 3 and 4 bits: the table itself.
+// How a row's activations lie in memory: `kUnit` bytes for every `kPortion` elements, from their factors (`put`). 1 and 2
+// bits: where in the shared tables theirs begins; 3 and 4 bits: the table itself.
 template <int XBits>
 struct Tables {
+    static constexpr int kPortion = 4;
     static constexpr int kUnit = XBits <= 2 ? 2 : 16;
     static constexpr int64_t kAtOnce = 255 / (kElements * ((1 << XBits) - 1));  // blocks whose entries fit a byte
     static_assert(kAtOnce >= 2, "entries of two blocks fit a byte");
 
-    static U8 load(const uint8_t *x) {
+    // The entries of one block, of T rows and S streams.
+    template <int T, int S>
+    static void add(U8 (&part)[T][S], const U8 (&bits)[S], const uint8_t *x) {
+        U8 low[S], high[S];
+#pragma GCC unroll 2
+        for (int s = 0; s < S; ++s) {
+            low[s] = bits[s] & 15;
+            high[s] = (U8)((U16)bits[s] >> 4) & 15;
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+            const U8 first = table(x + t * kUnit);
+            const U8 second = table(x + (T + t) * kUnit);
+#pragma GCC unroll 2
+            for (int s = 0; s < S; ++s) {
+                add_bytes(part[t][s], lookup(first, low[s]));
+                add_bytes(part[t][s], lookup(second, high[s]));
+            }
+        }
+    }
+
+    static U8 table(const uint8_t *x) {
         if constexpr (XBits <= 2) {
             static constexpr SharedTables<XBits> shared{};
             uint16_t at;
@@ -58,11 +85,12 @@ struct Tables {
         }
     }
 
-    // Four factors, as the bytes of a word.
-    static void put(uint8_t *to, uint32_t factors) {
+    static void put(uint8_t *to, const int8_t *a) {
         constexpr uint32_t largest = (1 << XBits) - 1;
         if constexpr (XBits <= 2) {
             // u = (a + largest) / 2 in every byte, then the four side by side, by a product that has them in its top byte.
+            uint32_t factors;
+            std::memcpy(&factors, a, sizeof factors);
             const uint32_t twice = ((factors & 0x7f7f7f7fu) + largest * 0x01010101u) ^ (factors & 0x80808080u);
             const uint32_t u = (twice >> 1) & (largest * 0x01010101u);
             constexpr uint32_t gather = 1u << 24 | 1u << (16 + XBits) | 1u << (8 + 2 * XBits) | 1u << (3 * XBits);
@@ -76,8 +104,6 @@ struct Tables {
                 {0, 0, 0, 0, 255, 255, 255, 255, 0, 0, 0, 0, 255, 255, 255, 255},
                 {0, 0, 0, 0, 0, 0, 0, 0, 255, 255, 255, 255, 255, 255, 255, 255},
             };
-            int8_t a[4];
-            std::memcpy(a, &factors, sizeof a);
             const int base = (4 * static_cast<int>(largest) - a[0] - a[1] - a[2] - a[3]) / 2;
             Sixteen entries = Sixteen{} + static_cast<uint8_t>(base);  // where no bit is set: the sum of c - u
             for (int i = 0; i < 4; ++i) entries += chosen[i] & static_cast<uint8_t>(a[i]);  // and 2u - c more for a bit
@@ -86,7 +112,34 @@ struct Tables {
     }
 };
 
-// D of T rows x S streams of bytes, of `blocks` bytes `stride` apart: int32[row][stream][channel].
+#if defined(__aarch64__)
+// A machine that counts the bits of bytes: for one bit, the entry of 8 elements is how many bits of the weight are those
+// of the activation. In memory are the opposite bits, once for each channel.
+template <>
+struct Tables<1> {
+    static constexpr int kPortion = 8;
+    static constexpr int kUnit = kBytes;
+    static constexpr int64_t kAtOnce = 255 / kElements;
+
+    static void put(uint8_t *to, const int8_t *a) {
+        uint64_t signs;
+        std::memcpy(&signs, a, sizeof signs);
+        store(to, U8{} + plane_byte(signs, 7));
+    }
+
+    template <int T, int S>
+    static void add(U8 (&part)[T][S], const U8 (&bits)[S], const uint8_t *x) {
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+            const U8 opposite = load<U8>(x + t * kUnit);
+#pragma GCC unroll 2
+            for (int s = 0; s < S; ++s) add_bytes(part[t][s], count_bits(bits[s] ^ opposite));
+        }
+    }
+};
+#endif
+
+// D of T rows x S streams of bytes, `blocks` of them `stride` apart: int32[row][stream][channel].
 template <int XBits, int T, int S>
 void sum_tables(const uint8_t *const *streams, int64_t stride, const uint8_t *x, int64_t blocks, int32_t *d) {
     using Table = Tables<XBits>;
@@ -99,25 +152,14 @@ void sum_tables(const uint8_t *const *streams, int64_t stride, const uint8_t *x,
             U8 part[T][S] = {};
             const int64_t here = at_most(Table::kAtOnce, blocks);
             blocks -= here;
-            for (int64_t left = here; left > 0; --left, x += 2 * T * Table::kUnit) {
-                U8 low[S], high[S];
+            for (int64_t left = here; left > 0; --left, x += kElements / Table::kPortion * T * Table::kUnit) {
+                U8 bits[S];
 #pragma GCC unroll 2
                 for (int s = 0; s < S; ++s) {
-                    const U8 bits = load<U8>(at[s]);
+                    bits[s] = load<U8>(at[s]);
                     at[s] += stride;
-                    low[s] = bits & 15;
-                    high[s] = (U8)((U16)bits >> 4) & 15;
                 }
-#pragma GCC unroll 8
-                for (int t = 0; t < T; ++t) {
-                    const U8 first = Table::load(x + t * Table::kUnit);
-                    const U8 second = Table::load(x + (T + t) * Table::kUnit);
-#pragma GCC unroll 2
-                    for (int s = 0; s < S; ++s) {
-                        add_bytes(part[t][s], lookup(first, low[s]));
-                        add_bytes(part[t][s], lookup(second, high[s]));
-                    }
-                }
+                Table::template add<T, S>(part, bits, x);
             }
             for (int t = 0; t < T; ++t) {
                 for (int s = 0; s < S; ++s) widen(sums[t][s], part[t][s]);
@@ -154,14 +196,15 @@ BitsKernel bits_kernel(int64_t height, bool two) {
 
 // What depends on the activation's width.
 struct BitsTraits {
-    int64_t unit;  // bytes of memory for four elements of a row
-    void (*put)(uint8_t *, uint32_t);
+    int64_t portion;
+    int64_t unit;
+    void (*put)(uint8_t *, const int8_t *);
     BitsKernel (*kernel)(int64_t, bool);
 };
 
 template <int XBits>
 BitsTraits bits_traits_of() {
-    return {Tables<XBits>::kUnit, Tables<XBits>::put, bits_kernel<XBits>};
+    return {Tables<XBits>::kPortion, Tables<XBits>::kUnit, Tables<XBits>::put, bits_kernel<XBits>};
 }
 
 BitsTraits bits_traits(int32_t x_bits) {
@@ -179,7 +222,7 @@ int32_t run_bits(const Plan &plan, const Tiling &tiling, const uint8_t *x, int32
     const BitsTraits is = bits_traits(x_bits);
     const int64_t block_bytes = l.bits * kBytes;
     const int64_t tile_bytes = l.groups * l.blocks * block_bytes;
-    const int64_t group_bytes = plan.blocks * 2 * is.unit;  // of a row of x
+    const int64_t group_bytes = plan.blocks * (kElements / is.portion) * is.unit;  // of a row of x
     const int64_t pair = l.bits == 2 ? 1 : 2;
     auto share = [&](int64_t begin, int64_t end, int) {
         alignas(64) int32_t d[kGroupsAtOnce * kBitsRows * 2 * kBytes];

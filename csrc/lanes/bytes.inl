@@ -9,6 +9,7 @@
 //       Sum, Part sums of 32 bits, and sums over a block in 16 bits where those are exact (else empty)
 //       field(words, step)      one of those vectors
 //       add(sum, part, v, a)    the products with the activation's word a in every lane
+//       kByLane   there is add_lane(sum, part, v, a, lane) too, for the word in one lane of a
 //       fold(sum, part)         at the end of a block
 //       total(sum)              D, one channel a lane
 //   };
@@ -23,6 +24,7 @@ namespace {
 template <int Bits, int T, int C>
 void dots(const uint8_t *words, int64_t apart, const int32_t *x, int64_t groups, int64_t blocks, int32_t *d) {
     using D = Dots<Bits>;
+    constexpr bool kByLane = D::kByLane && T % kLanes == 0;
     constexpr int kSplit = T * C >= D::kChains ? 1 : 2 * T * C >= D::kChains ? 2 : 4;
     for (int64_t g = 0; g < groups; ++g, d += T * C * kLanes) {
         typename D::Sum sum[kSplit][T][C] = {};
@@ -33,11 +35,20 @@ void dots(const uint8_t *words, int64_t apart, const int32_t *x, int64_t groups,
                 I32 v[C];
 #pragma GCC unroll 2
                 for (int c = 0; c < C; ++c) v[c] = D::field(words + c * apart, s);
+                I32 a{};
 #pragma GCC unroll 12
                 for (int t = 0; t < T; ++t) {
-                    const I32 a = splat(x + s * T + t);
+                    if constexpr (kByLane) {
+                        if (t % kLanes == 0) a = load<I32>(x + s * T + t);
 #pragma GCC unroll 2
-                    for (int c = 0; c < C; ++c) D::add(sum[s % kSplit][t][c], part[t][c], v[c], a);
+                        for (int c = 0; c < C; ++c) {
+                            D::add_lane(sum[s % kSplit][t][c], part[t][c], v[c], a, t % kLanes);
+                        }
+                    } else {
+                        a = splat(x + s * T + t);
+#pragma GCC unroll 2
+                        for (int c = 0; c < C; ++c) D::add(sum[s % kSplit][t][c], part[t][c], v[c], a);
+                    }
                 }
             }
 #pragma GCC unroll 12

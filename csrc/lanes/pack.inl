@@ -66,27 +66,25 @@ void pack_bytes(const Plan &plan, const int8_t *factors, const Tiling &tiling, i
     parallel_for(threads, tiling.padded(), tiling.full, share);
 }
 
-// Tables or where they are, for every four elements: [tile][group][block][half][row].
-void pack_bits(const Plan &plan, const int8_t *factors, int32_t x_bits, const Tiling &tiling, uint8_t *tables,
-               int threads) {
+// Units of memory (Tables): [tile][group][portion][row].
+void pack_bits(const Plan &plan, const int8_t *factors, int32_t x_bits, const Tiling &tiling, uint8_t *units, int threads) {
     const BitsTraits is = bits_traits(x_bits);
+    const int64_t portions = plan.blocks * kElements / is.portion;  // of a group
     const auto filler = static_cast<int8_t>((1 << x_bits) - 1);
     auto share = [&](int64_t begin, int64_t end, int) {
         for (int64_t r = begin; r < end; ++r) {
-            const Place place(tiling, r, plan.groups * plan.blocks * 2);
-            for (int64_t g = 0; g < plan.groups; ++g) {
-                const int8_t *group = factors + r * plan.width + g * plan.size;
-                for (int64_t i = 0; i < 2 * plan.blocks; ++i) {
-                    uint32_t four;
-                    if (place.real && plan.size - i * 4 >= 4) {
-                        std::memcpy(&four, group + i * 4, sizeof four);
-                    } else {
-                        int8_t padded[4];
-                        load_factors(group, place.real ? plan.size : 0, i * 4, 4, filler, padded);
-                        std::memcpy(&four, padded, sizeof four);
-                    }
-                    is.put(tables + (place.first + (g * plan.blocks * 2 + i) * place.stride) * is.unit, four);
+            const Place place(tiling, r, plan.groups * portions);
+            for (int64_t i = 0; i < plan.groups * portions; ++i) {
+                const int8_t *group = factors + r * plan.width + i / portions * plan.size;
+                const int64_t at = i % portions * is.portion;
+                int8_t padded[kElements];
+                const int8_t *from = padded;
+                if (place.real && plan.size - at >= is.portion) {
+                    from = group + at;
+                } else {
+                    load_factors(group, place.real ? plan.size : 0, at, is.portion, filler, padded);
                 }
+                is.put(units + (place.first + i * place.stride) * is.unit, from);
             }
         }
     };
@@ -160,11 +158,6 @@ ProductLayout bits_layout(const bq_weight &w) {
     l.steps_at = l.sums_at;
     l.bytes = l.steps_at + round_up(l.tiles * l.groups * kBytes * 4, 64);
     return l;
-}
-
-// Bits of eight v, one of them in each byte of `eight`, as the byte of a plane.
-uint8_t plane_byte(uint64_t eight, int plane) {
-    return static_cast<uint8_t>(((eight >> plane) & 0x0101010101010101u) * 0x0102040810204080u >> 56);
 }
 
 bool fill_bits_channel(const bq_weight &w, const ProductLayout &l, int64_t n, int8_t *factors, uint8_t *to) {

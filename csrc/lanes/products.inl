@@ -88,7 +88,8 @@ int32_t run(const bq_weight &w, const bq_activation &x, Plan *plan, int threads)
     const bool expand = !floats && x.factors == nullptr;
     const bool own_sums = plan->correct.v_factor != 0 && plan->groups > l.groups;
     const Tiling tiling = bits ? Tiling(plan->rows, kBitsRows) : bytes_tiling(plan->rows, l.bits, plan->digits);
-    const int64_t unit = bits ? 2 * bits_traits(w.x_bits).unit : 4 * bytes_traits(l.bits).steps;
+    const int64_t unit = bits ? bits_traits(w.x_bits).unit * kElements / bits_traits(w.x_bits).portion
+                              : 4 * bytes_traits(l.bits).steps;  // bytes of a block of a row
     const int64_t scales = x.rows * plan->x_groups;
     Memory memory;
     if (!memory.take(floats || expand ? plan->rows * w.width : 0, tiling.padded() * plan->groups * plan->blocks * unit,

@@ -17,6 +17,7 @@ struct Dots {  // 1, 2 and 4 bits
     static constexpr int kRows = 4;
     static constexpr int kTiles = 2;
     static constexpr int kChains = 1;
+    static constexpr bool kByLane = false;
     static constexpr int32_t kShift = 0;
     using Sum = TwoSums;
     struct Part {
@@ -41,6 +42,7 @@ struct Dots<8> {
     static constexpr int kRows = 4;
     static constexpr int kTiles = 2;
     static constexpr int kChains = 1;
+    static constexpr bool kByLane = false;
     static constexpr int32_t kShift = 128;
     using Sum = TwoSums;
     struct Part {};

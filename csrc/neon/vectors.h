@@ -1,6 +1,10 @@
 // The vectors of 64-bit Arm, and what csrc/lanes asks of them beyond the operators of the language.
 #pragma once
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-schedule-insns")  // which runs GCC 12 out of registers in these kernels; processors reorder
+#endif
+
 #include <arm_neon.h>
 
 #include <cstdint>

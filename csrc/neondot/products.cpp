@@ -13,6 +13,7 @@ struct Dots {
     static constexpr int kRows = 12;
     static constexpr int kTiles = 2;
     static constexpr int kChains = 8;
+    static constexpr bool kByLane = true;
     static constexpr int32_t kShift = Bits == 8 ? 128 : 0;
     using Sum = I32;
     struct Part {};
@@ -20,6 +21,17 @@ struct Dots {
     static I32 field(const uint8_t *words, int step) { return signed_field_of<Bits>(words, step); }
     static void add(Sum &sum, Part &, I32 v, I32 a) {
         sum = (I32)vdotq_s32((int32x4_t)sum, (int8x16_t)v, (int8x16_t)a);
+    }
+    static void add_lane(Sum &sum, Part &, I32 v, I32 a, int lane) {
+        const auto s = (int32x4_t)sum;
+        const auto x = (int8x16_t)v;
+        const auto y = (int8x16_t)a;
+        switch (lane) {  // an operand of the instruction: known when the loops are unrolled
+        case 0: sum = (I32)vdotq_laneq_s32(s, x, y, 0); break;
+        case 1: sum = (I32)vdotq_laneq_s32(s, x, y, 1); break;
+        case 2: sum = (I32)vdotq_laneq_s32(s, x, y, 2); break;
+        default: sum = (I32)vdotq_laneq_s32(s, x, y, 3); break;
+        }
     }
     static void fold(Sum &, const Part &) {}
     static I32 total(const Sum &sum) { return sum; }
