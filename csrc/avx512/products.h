@@ -85,8 +85,8 @@ void expand_bits(const uint8_t *packed, int64_t rows, int64_t width, int8_t *fac
 void split_floats(const bq_activation &x, int64_t width, int8_t *digits, float *steps, int threads);
 
 // products_bytes.cpp, products_planes.cpp: everything but the packing of x.
-int32_t run_bytes(const Plan &plan, const Tiling &tiling, const int32_t *x_words, int threads);
-int32_t run_planes(const Plan &plan, const Tiling &tiling, const int32_t *x_words, int x_planes, int threads);
+void run_bytes(const Plan &plan, const Tiling &tiling, const int32_t *x_words, int threads);
+void run_planes(const Plan &plan, const Tiling &tiling, const int32_t *x_words, int x_planes, int threads);
 Tiling bytes_tiling(int64_t rows);
 Tiling planes_tiling(int64_t rows, int w_planes, int x_planes);
 

@@ -112,7 +112,8 @@ int32_t run(const bq_weight &w, const bq_activation &x, Plan *plan, int threads)
         const int32_t levels = ((1 << plan->layout.bits) - 1) * ((1 << w.x_bits) - 1);
         plan->correct = {1, 0, 0, false, static_cast<int32_t>(levels * plan->size)};
         pack_planes(*plan, x, w.x_bits, tiling, memory.words, packing);
-        return run_planes(*plan, tiling, memory.words, w.x_bits, threads);
+        run_planes(*plan, tiling, memory.words, w.x_bits, threads);
+        return BQ_OK;
     }
     if (expand) expand_bits(x.packed, x.rows, w.width, memory.factors);
     pack_bytes(*plan, floats || expand ? memory.factors : x.factors, tiling, memory.words, memory.a_sums, packing);
@@ -128,7 +129,8 @@ int32_t run(const bq_weight &w, const bq_activation &x, Plan *plan, int threads)
         plan->sums = memory.v_sums;
         plan->sum_groups = plan->groups;
     }
-    return run_bytes(*plan, tiling, memory.words, threads);
+    run_bytes(*plan, tiling, memory.words, threads);
+    return BQ_OK;
 }
 
 }  // namespace

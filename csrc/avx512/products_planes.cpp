@@ -191,10 +191,10 @@ void run_few(const Plan &plan, int64_t rows, const int32_t *x_words, int x_plane
     parallel_for(threads, l.tiles, 1, share);
 }
 
-int32_t run_planes(const Plan &plan, const Tiling &tiling, const int32_t *x_words, int x_planes, int threads) {
+void run_planes(const Plan &plan, const Tiling &tiling, const int32_t *x_words, int x_planes, int threads) {
     if (tiling.full_tiles == 0 && tiling.rest_rows <= 2) {
         run_few(plan, tiling.rest_rows, x_words, x_planes, threads);
-        return BQ_OK;
+        return;
     }
     const ProductLayout &l = plan.layout;
     const int64_t tile_bytes = l.groups * l.blocks * l.bits * 64;
@@ -218,7 +218,6 @@ int32_t run_planes(const Plan &plan, const Tiling &tiling, const int32_t *x_word
         }
     };
     parallel_for(threads, l.tiles, kPair, share);
-    return BQ_OK;
 }
 
 }  // namespace bq::avx512
