@@ -9,7 +9,6 @@ import traceback
 from typing import Any, cast
 
 import torch
-import torch._dynamo
 from torch import Tensor
 
 from bitquest.benchmarks.gpu_check import (

@@ -18,6 +18,7 @@ def command(
     top_k: Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Choose among the likeliest tokens that reach this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …; auto: a GPU if PyTorch sees one.")] = "auto",
     backend: Annotated[str, typer.Option(help="Which code runs the packed layers; see bitquest doctor.")] = "auto",
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object at the end instead of streaming.")
@@ -29,7 +30,7 @@ def command(
     options = SamplingOptions(temperature, top_k, top_p, seed)
     if prompt == "-":
         prompt = _standard_input()
-    engine, speed = TextEngine.open(directory, backend), Speed()
+    engine, speed = TextEngine.open(directory, backend, device), Speed()
     pieces: list[str] = []
     for piece in engine.write(prompt, max_tokens, options, speed):
         if not json:

@@ -12,6 +12,7 @@ from bitquest.inference.kv_cache import KVCache
 from bitquest.inference.sampling import SamplingOptions, choose
 from bitquest.inference.static_decode import StaticDecoder
 from bitquest.models import Llama, Tokenizer, load_hf
+from bitquest.models.fuse import fuse_
 
 
 @dataclass
@@ -97,8 +98,11 @@ class TextEngine:
         self.model, self.tokenizer = model.eval(), tokenizer
 
     @staticmethod
-    def open(folder: Path, backend: str = "auto") -> "TextEngine":
-        """Load a folder. Raises CheckpointError, saying what to do instead, for one that cannot write text."""
+    def open(folder: Path, backend: str = "auto", device: str = "cpu") -> "TextEngine":
+        """Load a folder onto a device ("auto": a GPU if there is one).
+
+        Raises CheckpointError, saying what to do instead, for one that cannot write text.
+        """
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder: expected a packed model (see bitquest export)")
         if (folder / "checkpoints").is_dir() or (folder / "config.toml").is_file():
@@ -106,16 +110,18 @@ class TextEngine:
                 f"{folder} is a training run; pack it first: bitquest export {folder} --out {folder.name}-packed"
             )
         from bitquest.export import load, read_tokenizer
+        from bitquest.export.loader import usable_device
 
+        target = usable_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         if (folder / "manifest.json").is_file() and (folder / "model.safetensors").is_file():
-            model, tokenizer = load(folder, backend=backend), read_tokenizer(folder)
+            model, tokenizer = load(folder, device=target, backend=backend), read_tokenizer(folder)
             if not isinstance(model, Llama):
                 raise CheckpointError(f"{folder} holds no Llama; load it in Python with bitquest.load(…, model=…)")
             if tokenizer is None:
                 raise CheckpointError(f"{folder} has no tokenizer.json, so text cannot be turned into tokens")
-            return TextEngine(model, tokenizer)
+            return TextEngine(fuse_(model), tokenizer)
         if (folder / "config.json").is_file():
-            return TextEngine(load_hf(folder), Tokenizer.from_file(folder))
+            return TextEngine(load_hf(folder).to(target), Tokenizer.from_file(folder))
         raise CheckpointError(f"{folder} is neither a packed model nor a Hugging Face Llama: it has no config.json")
 
     def prompt_ids(self, prompt: str) -> list[int]:

@@ -175,15 +175,22 @@ class PackedLinear(nn.Module):
             x, self._input_text, self.rotation.block, want, backend.value, self.activation_step, prologue
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        held = self.packed if self.packed is not None else self.float_weight
+        return torch.device("meta") if held is None else held.device
+
+    def use(self, backend: str | Backend) -> None:
+        """Run on another backend from now on. ConfigError if it is not available or does not run such a layer."""
+        self.backend, self._prepared = resolve_backend(backend), None
+        self.prepare()
+
     def prepare(self) -> None:
         """Lay the weight out for the backend of the device it is on; done when the layer is made, loaded and moved."""
-        if self._weight_device() != "meta":
+        if self.device.type != "meta":
             with suppress(WrongDeviceError):  # it may yet be moved; until then forward says so
                 self._ready()
-
-    def _weight_device(self) -> str:
-        held = self.packed if self.packed is not None else self.float_weight
-        return "meta" if held is None else held.device.type
 
     def _ready(self) -> _Prepared:
         """The prepared weight, made again if the codes, steps or mask are not what it was made from."""
@@ -195,8 +202,7 @@ class PackedLinear(nn.Module):
         versions = tuple(_version(t) for t in sources if t is not None)
         same = made is not None and all(a is b for a, b in zip(made.sources, sources, strict=True))
         if made is None or not same or made.versions != versions:
-            device = self._weight_device()
-            backend = backend_for(self.backend, self._spec, device)
+            backend = backend_for(self.backend, self._spec, self.device.type)
             with torch.no_grad():
                 used = engine(backend.value)
                 parts = used.prepare(self._spec, PackedWeight(self.packed, self.step, self.kept, self.float_weight))
