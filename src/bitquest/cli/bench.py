@@ -7,10 +7,12 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 
+from bitquest.cli.bench_cpu import cpu
 from bitquest.cli.console import err, print_json_object
 from bitquest.errors import ConfigError
 
 app = typer.Typer(help="Measure, alternating in one run; ratios of medians and minima.", no_args_is_help=True)
+app.command("cpu")(cpu)
 
 
 @app.command("train-step")

@@ -25,7 +25,7 @@ class ScalingLaw:
         """Loss of a model of N `parameters` (no token table, no head) after D `tokens`, at eff(P) `efficiency`."""
         if not (parameters > 0 and tokens > 0 and efficiency > 0):
             raise ConfigError("the scaling law takes positive numbers of parameters and tokens")
-        return self.a / (parameters * efficiency) ** self.alpha + self.b / tokens**self.beta + self.e
+        return float(self.a / (parameters * efficiency) ** self.alpha + self.b / tokens**self.beta + self.e)
 
     def size(self, loss: float, efficiency: float = 1.0, tokens_per_parameter: float = 100.0) -> float:
         """The N whose loss is `loss` when trained on N·tokens_per_parameter tokens.
