@@ -8,6 +8,8 @@
 namespace bq::avx2 {
 namespace {
 
+constexpr bool kSplits = true;  // 1-bit weights times 8 bits are looked up, which is fewer operations than byte products
+
 template <int Bits>
 struct Dots {  // 1, 2 and 4 bits
     static constexpr int kSteps = 8;

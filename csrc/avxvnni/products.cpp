@@ -6,6 +6,8 @@
 namespace bq::avxvnni {
 namespace {
 
+constexpr bool kSplits = true;  // 1-bit weights times 8 bits are looked up, which is fewer operations than byte products
+
 template <int Bits>
 struct Dots {
     static constexpr int kSteps = 8;

@@ -124,13 +124,14 @@ void finish_rare(const Plan &plan, const int32_t *d, float *totals, const Window
             for (int64_t j = 0; j < w.groups; ++j) {
                 const int64_t g = w.group + j;
                 const int32_t *from = d + ((j * w.height + r) * w.vectors + i) * kLanes;
+                const int64_t v = coarse_group(g, plan.sum_groups, plan.groups) * at.apart;
                 if (plan.integers != nullptr) {
-                    const I32 dot = corrected<false>(plan, from, row, g, nullptr);
+                    const I32 dot = plan.correct.v_factor != 0 ? corrected<true>(plan, from, row, g, at.sums + v)
+                                                               : corrected<false>(plan, from, row, g, nullptr);
                     std::memcpy(plan.integers + (row * plan.groups + g) * plan.channels + n, &dot,
                                 static_cast<size_t>(at_most(plan.channels - n, kLanes)) * sizeof(int32_t));
                     continue;
                 }
-                const int64_t v = coarse_group(g, plan.sum_groups, plan.groups) * at.apart;
                 F32 value = wide_dot(plan, from, plan.a_sums[row * plan.groups + g],
                                      at.sums == nullptr ? nullptr : at.sums + v);
                 value *= plan.x_scale[row * plan.x_groups + coarse_group(g, plan.x_groups, plan.groups)];

@@ -70,7 +70,7 @@ void pack_bytes(const Plan &plan, const int8_t *factors, const Tiling &tiling, i
 void pack_bits(const Plan &plan, const int8_t *factors, int32_t x_bits, const Tiling &tiling, uint8_t *units, int threads) {
     const BitsTraits is = bits_traits(x_bits);
     const int64_t portions = plan.blocks * kElements / is.portion;  // of a group
-    const auto filler = static_cast<int8_t>((1 << x_bits) - 1);
+    const auto filler = static_cast<int8_t>(x_bits == 8 ? 127 : (1 << x_bits) - 1);  // the largest
     auto share = [&](int64_t begin, int64_t end, int) {
         for (int64_t r = begin; r < end; ++r) {
             const Place place(tiling, r, plan.groups * portions);

@@ -9,7 +9,8 @@ namespace {
 constexpr int64_t kLongestGroup = 65536;  // 255 * 128 * 2^16 < 2^31: D never wraps
 
 bool wants_bits(const bq_weight &w) {
-    return w.sparse == 0 && w.integer == nullptr && w.x_uniform != 0 && w.bits <= 2 && w.bits * w.x_bits <= 4;
+    if (w.sparse != 0 || w.integer != nullptr || w.x_uniform == 0 || w.bits > 2) return false;
+    return w.bits * w.x_bits <= 4 || (kSplits && w.bits == 1 && w.x_bits == 8);
 }
 
 // What a call needs for itself, in one array of the calling thread.
@@ -57,7 +58,7 @@ int32_t make_plan(const bq_weight &w, const uint8_t *payload, const bq_activatio
     plan->form_x = floats ? bq_form{1.0f, 1, 0} : x.form;
     plan->form_w = w.form;
     if (plan->groups > w.groups && plan->size % block != 0) return BQ_UNSUPPORTED;
-    if (plan->form_x.offset != 0 && plan->sums == nullptr) return BQ_UNSUPPORTED;
+    if (l.planes == 0 && plan->form_x.offset != 0 && plan->sums == nullptr) return BQ_UNSUPPORTED;
     return BQ_OK;
 }
 
@@ -65,8 +66,12 @@ int32_t make_plan(const bq_weight &w, const uint8_t *payload, const bq_activatio
 Correction level_correction(const Plan &plan, int32_t x_bits) {
     const ProductLayout &l = plan.layout;
     if (l.planes != 0) {
-        const int32_t levels = ((1 << l.bits) - 1) * ((1 << x_bits) - 1);
-        return {2, 0, 0, static_cast<int32_t>(-levels * plan.size)};
+        const int32_t w_largest = (1 << l.bits) - 1;
+        const int32_t x_largest = (1 << x_bits) - 1;
+        if (x_bits == 8 && plan.form_x.offset == 0) {  // not of the levels 2a + 1, but of a: half of that, less the sum of w
+            return {1, 0, -1, static_cast<int32_t>(-(x_largest - 1) / 2 * w_largest * plan.size)};
+        }
+        return {2, 0, 0, static_cast<int32_t>(-x_largest * w_largest * plan.size)};
     }
     const bq_form &fx = plan.form_x;
     const int32_t scale = plan.form_w.factor * l.scale;
@@ -77,6 +82,7 @@ Correction level_correction(const Plan &plan, int32_t x_bits) {
 }
 
 bool is_wide(const Plan &plan) {
+    if (plan.layout.planes != 0) return false;
     if (plan.form_x.offset == 0 && plan.form_w.offset == 0) return false;  // |a| <= 127: below 2^31 up to 2^17 elements
     return plan.size * 255 * 255 >= int64_t{1} << 31;
 }
@@ -86,8 +92,8 @@ int32_t run(const bq_weight &w, const bq_activation &x, Plan *plan, int threads)
     const bool bits = l.planes != 0;
     const bool floats = plan->digits == 3;
     const bool expand = !floats && x.factors == nullptr;
-    const bool own_sums = plan->correct.v_factor != 0 && plan->groups > l.groups;
-    const Tiling tiling = bits ? Tiling(plan->rows, kBitsRows) : bytes_tiling(plan->rows, l.bits, plan->digits);
+    const bool own_sums = plan->correct.v_factor != 0 && (bits || plan->groups > l.groups);
+    const Tiling tiling = bits ? Tiling(plan->rows, bits_traits(w.x_bits).rows) : bytes_tiling(plan->rows, l.bits, plan->digits);
     const int64_t unit = bits ? bits_traits(w.x_bits).unit * kElements / bits_traits(w.x_bits).portion
                               : 4 * bytes_traits(l.bits).steps;  // bytes of a block of a row
     const int64_t scales = x.rows * plan->x_groups;
@@ -105,6 +111,15 @@ int32_t run(const bq_weight &w, const bq_activation &x, Plan *plan, int threads)
     const float both = plan->form_x.unit * plan->form_w.unit;
     for (int64_t i = 0; i < scales && steps != nullptr; ++i) memory.scales[i] = steps[i] * both;
     plan->x_scale = memory.scales;
+    if (own_sums) {
+        if (bits) {
+            count_weights(*plan, memory.v_sums);
+        } else {
+            sum_weights(*plan, memory.v_sums, threads);
+        }
+        plan->sums = memory.v_sums;
+        plan->sum_groups = plan->groups;
+    }
     if (bits) {
         pack_bits(*plan, factors, w.x_bits, tiling, memory.x, packing);
         return run_bits(*plan, tiling, memory.x, w.x_bits, threads);
@@ -112,11 +127,6 @@ int32_t run(const bq_weight &w, const bq_activation &x, Plan *plan, int threads)
     auto *words = reinterpret_cast<int32_t *>(memory.x);
     pack_bytes(*plan, factors, tiling, words, memory.a_sums, packing);
     plan->a_sums = memory.a_sums;
-    if (own_sums) {
-        sum_weights(*plan, memory.v_sums, threads);
-        plan->sums = memory.v_sums;
-        plan->sum_groups = plan->groups;
-    }
     return run_bytes(*plan, tiling, words, threads);
 }
 

@@ -7,6 +7,8 @@
 namespace bq::neoni8mm {
 namespace {
 
+constexpr bool kSplits = false;  // 1-bit weights times 8 bits are not looked up: byte products are fewer operations
+
 template <int Bits>
 struct Dots {
     static constexpr int kSteps = 8;
