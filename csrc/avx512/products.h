@@ -74,9 +74,10 @@ struct Tiling {
 Tiling tiling_of(int64_t rows, int64_t full);
 
 // products_pack.cpp: activations as the kernels read them, word[token tile][group][block][…][row of the tile].
-// Bytes: 8 words of four int8 in a block, in the order of the weight's quads. Planes: one word of bits per plane.
-void pack_bytes(const Plan &plan, const int8_t *factors, const Tiling &tiling, int32_t *words, int32_t *sums,
-                int threads);
+// Bytes: 8 words of four int8 in a block, in the order of the quads of weights of `bits` (8: as they come). Planes: one
+// word of bits per plane.
+void pack_bytes(const Plan &plan, const int8_t *factors, int32_t bits, const Tiling &tiling, int32_t *words,
+                int32_t *sums, int threads);
 void pack_planes(const Plan &plan, const bq_activation &x, int32_t planes, const Tiling &tiling, int32_t *words,
                  int threads);
 void expand_bits(const uint8_t *packed, int64_t rows, int64_t width, int8_t *factors);
@@ -87,6 +88,9 @@ void split_floats(const bq_activation &x, int64_t width, int8_t *digits, float *
 // products_bytes.cpp, products_planes.cpp: everything but the packing of x.
 void run_bytes(const Plan &plan, const Tiling &tiling, const int32_t *x_words, int threads);
 void run_planes(const Plan &plan, const Tiling &tiling, const int32_t *x_words, int x_planes, int threads);
+// products_tables.cpp; rows of activations as they come, one after the other.
+bool wants_tables(const Plan &plan);
+int32_t run_tables(const Plan &plan, const int32_t *rows, int threads);
 Tiling bytes_tiling(int64_t rows);
 Tiling planes_tiling(int64_t rows, int w_planes, int x_planes);
 

@@ -88,11 +88,14 @@ bool is_wide(const Plan &plan, const bq_weight &w) {
 }
 
 int32_t run(const bq_weight &w, const bq_activation &x, Plan *plan, int threads) {
-    const bool planes = plan->layout.planes != 0;
+    const bool tables = w.x_bits > 3 && wants_tables(*plan);  // fewer bits: planes are faster
+    const bool planes = plan->layout.planes != 0 && !tables;
     const bool floats = plan->digits == 3;
     const bool expand = !planes && !floats && x.factors == nullptr;
     const bool own_sums = plan->correct.has_v && plan->groups > plan->layout.groups;
-    const Tiling tiling = planes ? planes_tiling(plan->rows, plan->layout.bits, w.x_bits) : bytes_tiling(plan->rows);
+    const Tiling tiling = tables   ? tiling_of(plan->rows, 1)
+                          : planes ? planes_tiling(plan->rows, plan->layout.bits, w.x_bits)
+                                   : bytes_tiling(plan->rows);
     const int64_t words = tiling.padded() * plan->groups * plan->blocks * (planes ? w.x_bits : 8);
     const int64_t scales = x.rows * plan->x_groups;
     Memory memory;
@@ -116,7 +119,8 @@ int32_t run(const bq_weight &w, const bq_activation &x, Plan *plan, int threads)
         return BQ_OK;
     }
     if (expand) expand_bits(x.packed, x.rows, w.width, memory.factors);
-    pack_bytes(*plan, floats || expand ? memory.factors : x.factors, tiling, memory.words, memory.a_sums, packing);
+    pack_bytes(*plan, floats || expand ? memory.factors : x.factors, tables ? 8 : plan->layout.bits, tiling, memory.words,
+               memory.a_sums, packing);
     const auto factor = static_cast<uint32_t>(plan->correct.a_factor);
     const auto constant = static_cast<uint32_t>(plan->correct.constant);
     for (int64_t i = 0; i < plan->rows * plan->groups; ++i) {  // modulo 2^32: exact, because the dot fits
@@ -129,6 +133,7 @@ int32_t run(const bq_weight &w, const bq_activation &x, Plan *plan, int threads)
         plan->sums = memory.v_sums;
         plan->sum_groups = plan->groups;
     }
+    if (tables) return run_tables(*plan, memory.words, threads);
     run_bytes(*plan, tiling, memory.words, threads);
     return BQ_OK;
 }

@@ -69,9 +69,9 @@ Tiling tiling_of(int64_t rows, int64_t full) {
     return made;
 }
 
-void pack_bytes(const Plan &plan, const int8_t *factors, const Tiling &tiling, int32_t *words, int32_t *sums,
-                int threads) {
-    const __m512i order = quad_order(plan.layout.bits);
+void pack_bytes(const Plan &plan, const int8_t *factors, int32_t bits, const Tiling &tiling, int32_t *words,
+                int32_t *sums, int threads) {
+    const __m512i order = quad_order(bits);
     const __m512i ones = _mm512_set1_epi8(1);
     const int64_t group_words = plan.blocks * 8;
     auto share = [&](int64_t begin, int64_t end, int) {

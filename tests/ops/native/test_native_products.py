@@ -32,6 +32,7 @@ SHAPES = [
     *((tokens, 17, width) for tokens, width in zip(itertools.cycle((1, 3, 14)), WIDTHS, strict=False)),
     (1, 129, 288),
     (130, 129, 31),
+    (13, 333, 600),  # many tokens and channels: tables, where they are used
 ]
 FORMATS: dict[str, Grid] = {**{f"{bits}": UniformGrid(bits) for bits in range(1, 9)}, "ternary": TERNARY, "fp4": FP4}
 PAIRS = [
@@ -165,7 +166,7 @@ def test_outputs_are_the_products_of_the_levels(isa: str, weight: str, activatio
 def test_scale_groups(isa: str, pair: tuple[str, str], x_size: int, w_size: int) -> None:
     width = 640
     w_groups, x_groups = (width // size if size else 1 for size in (w_size, x_size))
-    for tokens, channels in ((1, 33), (3, 16), (17, 50)):
+    for tokens, channels in ((1, 33), (3, 16), (17, 50), (8, 260)):
         w, x = operand(pair[0], channels, width, w_groups), operand(pair[1], tokens, width, x_groups)
         made = prepared(w, x.form)
         groups = max(x_groups, w_groups)
@@ -192,7 +193,7 @@ def test_sparse_weights(isa: str, bits: int, pattern: tuple[int, int]) -> None:
 @pytest.mark.parametrize("weight", [*FORMATS])
 @pytest.mark.parametrize("groups", [1, 5])
 def test_weight_only(isa: str, weight: str, groups: int) -> None:
-    for tokens, channels, width in ((1, 17, 200), (2, 64, 320), (5, 33, 1000), (33, 17, 160)):
+    for tokens, channels, width in ((1, 17, 200), (2, 64, 320), (5, 33, 1000), (33, 17, 160), (7, 300, 60)):
         w, x = operand(weight, channels, width, groups), torch.randn(tokens, width + 3)[:, :width]
         x[0, 3] = 60.0  # an outlier
         y = native_linear.linear(prepared(w, None), x, channels, width)
