@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitquest.models import Llama, LlamaConfig
-from bitquest.nn import QuantizedLinear, Scheme, quantize_, weights_held
+from bitquest.models.fuse import fuse_
+from bitquest.nn import QuantizedLinear, Scheme, quantize_, training_backends, weights_held
 from bitquest.nn.integer_training import TrainingPlan
 from bitquest.ops import Backend
 from bitquest.ops.backend import engine
@@ -158,3 +159,62 @@ def test_autocast_decides_the_dtype_of_the_product() -> None:
     assert x.grad.dtype == torch.float32
     assert made.weight.grad is not None
     assert made.weight.grad.dtype == torch.float32
+
+
+# --- on a GPU ------------------------------------------------------------------------------------------------------
+
+
+def on_gpu(config: LlamaConfig, name: str, backend: str) -> Llama:
+    model = quantize_(Llama(config).init_weights(0), name, backend=backend).to("cuda").train()
+    assert isinstance(model, Llama)
+    return model
+
+
+def step(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        loss = F.cross_entropy(model(ids).float().flatten(0, 1), ids.flatten())
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["w1a1", "w4a4", "w8a8", "w2a8-g32"])
+@pytest.mark.parametrize("how", ["eager", "checkpointing", "compiled", "graph", "fused"])
+def test_a_model_trains_on_the_gpu(name: str, how: str) -> None:
+    config = LlamaConfig.preset("1M", vocab_size=97, max_position_embeddings=64, num_hidden_layers=2)
+    ids = torch.randint(0, 97, (4, 64), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    expected = step(on_gpu(config, name, "torch"), ids)
+    model = on_gpu(config, name, "auto")
+    assert training_backends(model) in ("cuda", "triton")
+    model.activation_checkpointing = how == "checkpointing"
+    if how == "fused":
+        fuse_(model)
+    if how == "compiled":
+        torch._dynamo.reset()
+        function = torch.compile(model, fullgraph=True, dynamic=False)
+        with weights_held(model):
+            got = step(function, ids)
+    elif how == "graph":
+        got = _captured(model, ids)
+    else:
+        got = step(model, ids)
+    assert near(got, expected, 5e-2)  # bfloat16 products, and codes that flip
+
+
+def _captured(model: nn.Module, ids: Tensor) -> Tensor:
+    """Forward and backward pass as one CUDA graph, replayed."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with weights_held(model):
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                model.zero_grad(set_to_none=True)
+                step(model, ids)
+        torch.cuda.current_stream().wait_stream(stream)
+        model.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step(model, ids)
+        graph.replay()
+        torch.cuda.synchronize()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

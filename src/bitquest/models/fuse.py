@@ -6,6 +6,7 @@ Parameters keep their names, so checkpoints fit as before. Layers without such k
 """
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -13,6 +14,8 @@ from bitquest.models.llama import Block, RMSNorm, SwiGLU
 from bitquest.nn import PackedLinear, QuantizedLinear
 from bitquest.nn.pending import PendingInput
 from bitquest.ops import rows
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 class DeferredRMSNorm(RMSNorm):
@@ -34,7 +37,7 @@ class DeferredSwiGLU(SwiGLU):
         return PendingInput(gate, rows.SwiGLU(up))
 
 
-def fuse_(model: nn.Module) -> nn.Module:
+def fuse_(model: _Model) -> _Model:
     """Defer every norm and product of a Llama whose readers all are quantized or packed layers. Returns the model."""
     for block in model.modules():
         if isinstance(block, Block):

@@ -15,7 +15,8 @@ Filter = Callable[[nn.Module, str], bool]
 HEAD = "lm_head"
 
 
-def _is_head(fqn: str) -> bool:
+def is_head(fqn: str) -> bool:
+    """Whether a module of this name is the `lm_head`."""
     return fqn.rsplit(".", 1)[-1] == HEAD
 
 
@@ -45,7 +46,7 @@ def quantize_(
             replacements[fqn] = made
     if not replacements and scheme != Scheme.parse("none"):
         raise ConfigError("found no nn.Linear to quantize in this module (or filter_fn refused them all)")
-    return _replace(model, replacements)
+    return replace_modules(model, replacements)
 
 
 def _quantized(
@@ -62,7 +63,7 @@ def _quantized(
         return QuantizedEmbedding(module, weight=scheme.embedding, rotation=scheme.rotation)
     if type(module) is not nn.Linear:  # a subclass has a forward of its own, which a replacement would lose
         return None
-    if _is_head(fqn):
+    if is_head(fqn):
         if scheme.head is None:
             return None
         return QuantizedLinear(
@@ -81,7 +82,7 @@ def _check_tied(model: nn.Module, scheme: Scheme) -> None:
         return
     tables = {id(m.weight): fqn for fqn, m in model.named_modules() if isinstance(m, nn.Embedding)}
     for fqn, module in model.named_modules():
-        if isinstance(module, nn.Linear) and _is_head(fqn) and id(module.weight) in tables:
+        if isinstance(module, nn.Linear) and is_head(fqn) and id(module.weight) in tables:
             raise ConfigError(
                 f"{fqn} and {tables[id(module.weight)]} share one weight; quantize both alike, or neither"
             )
@@ -108,7 +109,7 @@ def pack_(model: nn.Module, backend: str | Backend = Backend.AUTO) -> nn.Module:
         if twin is not packed:
             _share(packed, twin)
         replacements[fqn] = packed
-    return _replace(model, replacements)
+    return replace_modules(model, replacements)
 
 
 def _share(packed: PackedLinear | PackedEmbedding, twin: PackedLinear | PackedEmbedding) -> None:
@@ -120,7 +121,8 @@ def _share(packed: PackedLinear | PackedEmbedding, twin: PackedLinear | PackedEm
         packed.prepare()
 
 
-def _replace(model: nn.Module, replacements: dict[str, nn.Module]) -> nn.Module:
+def replace_modules(model: nn.Module, replacements: dict[str, nn.Module]) -> nn.Module:
+    """Put modules at their names, in place. Returns the model, which is the replacement of "" if there is one."""
     if "" in replacements:
         return replacements[""]  # the model is itself a linear layer: nothing holds it, so it is returned
     for fqn, module in replacements.items():

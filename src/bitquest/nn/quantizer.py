@@ -1,5 +1,6 @@
 """What a layer holds for each operand: the frozen quantizer, and whatever is learned or cached."""
 
+import ctypes
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
@@ -305,5 +306,8 @@ def weight_state(weight: Tensor) -> tuple[int, ...]:
     contents = 0
     if weight.device.type == "cpu":
         # A checksum that sees order, and reads faster than torch sums integers.
-        contents = zlib.crc32(weight.detach().contiguous().view(torch.uint8).numpy().data)
+        # Not through NumPy, whose arrays forbid FSDP to free the gathered weight's memory.
+        whole = weight.detach().contiguous()
+        size = whole.numel() * whole.element_size()
+        contents = zlib.crc32((ctypes.c_char * size).from_address(whole.data_ptr())) if size else 0
     return (weight.data_ptr(), weight._version, _optimizer_steps, contents)
