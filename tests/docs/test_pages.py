@@ -66,6 +66,7 @@ def _packed_run(text: str) -> dict[str, Any]:
 
 # What a page takes for granted, beside text.txt.
 ASSUMED = {
+    "docs/howto/backends.md": _packed_run,
     "docs/howto/compare.md": _prepared,
     "docs/howto/data.md": _more_text,
     "docs/howto/generate.md": _packed_run,
