@@ -69,12 +69,15 @@ def _show(report: "VerifyReport") -> None:
     table = Table(title=escape(f"{report.packed} against {report.run}, step {report.step}"), title_justify="left")
     for column in ("check", "", "found"):
         table.add_column(column, overflow="fold")
+    if report.tables is not None:
+        table.add_row("tables", "[yellow]rounded[/]", f"{report.tables}; below, the trained model's are rounded alike")
     for check in report.checks:
         found = check.summary if check.passed is not False else _first_failure(check)
         table.add_row(check.name, marks[check.passed], escape(found))
     err.print(table)
     if report.passed:
-        err.print("The packed model is the trained model.")
+        what = "" if report.tables is None else f", its embedding and head {report.tables}"
+        err.print(f"The packed model is the trained model{what}.", soft_wrap=True, highlight=False)
         return
     first = report.failed[0]
     err.print(

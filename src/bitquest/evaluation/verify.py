@@ -2,13 +2,16 @@
 
 Seven checks, each of which can fail by itself: what the files say (description), every weight code and step (weights),
 every other tensor bit for bit (tensors), each packed layer on the trained layer's recorded input (layers), the codes of
-those inputs (activation codes), greedy texts, and perplexities. All in float32 with autocast off.
+those inputs (activation codes), greedy texts, and perplexities. All in float32 with autocast off. Where the packed
+model says that its embedding and head were rounded after training, the trained model's are rounded in the same way
+before anything is compared: the checks stay exact, and the report says what they are about.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +34,7 @@ from bitquest.evaluation.verify_static import check_description, check_tensors, 
 from bitquest.export import load
 from bitquest.export.reader import open_packed
 from bitquest.models import Llama
+from bitquest.nn import TableRounding, round_tables_
 from bitquest.training.checkpoint import list_steps
 from bitquest.training.runs import load_run
 
@@ -74,6 +78,7 @@ def verify(
     report("reading the packed model", 0, 1)
     with open_packed(packed_dir) as opened:
         tokenizer, named = opened.tokenizer(), opened.metadata.get("step")
+        rounding = _rounding(opened.metadata, packed_dir)
     packed = load(packed_dir, device=device, backend=backend)
     if not isinstance(packed, Llama):
         raise FormatError(f"{packed_dir} holds no Llama, and a run trains one: it is not of this run")
@@ -81,6 +86,8 @@ def verify(
         step = _packed_step(run_dir, packed_dir, named)
     report("reading the checkpoint", 0, 1)
     run = load_run(run_dir, step)
+    if rounding is not None:
+        _round_like(run.model, rounding, run_dir, packed_dir)
     trained = run.model.to(device)
     source = Path(data) if data is not None else Path(run.config.data.path)
     if data is None and not source.exists():
@@ -93,7 +100,7 @@ def verify(
     ]
     if not is_comparable(trained, packed):
         checks += [Check.not_run(name) for name in _DYNAMIC]
-        return VerifyReport(str(run_dir), str(packed_dir), run.step, tuple(checks))
+        return VerifyReport(str(run_dir), str(packed_dir), run.step, tuple(checks), rounding)
     with _plain_float32(torch.device(device)), weights_quantized_once(trained):
         lockstep = Lockstep(trained, packed)
         nats = _run(lockstep, stream, report)
@@ -101,7 +108,7 @@ def verify(
         greedy = check_greedy(trained, packed, prompts, new_tokens, report)
         perplexity = _check_perplexity(lockstep, stream.numel() - 1, nats)
     checks += [_check_layers(lockstep), _check_codes(lockstep), greedy, perplexity]
-    return VerifyReport(str(run_dir), str(packed_dir), run.step, tuple(checks))
+    return VerifyReport(str(run_dir), str(packed_dir), run.step, tuple(checks), rounding)
 
 
 def _packed_step(run_dir: Path, packed_dir: Path, named: int) -> int:
@@ -113,6 +120,27 @@ def _packed_step(run_dir: Path, packed_dir: Path, named: int) -> int:
             "only: pack one of them again with bitquest export, or name the run that it came from"
         )
     return named
+
+
+def _rounding(metadata: dict[str, Any], packed_dir: Path) -> TableRounding | None:
+    """How the tables were rounded after training, None if they were not. Raises FormatError for what makes no sense."""
+    if metadata.get("tables") is None:
+        return None
+    try:
+        return TableRounding.from_json(metadata["tables"])
+    except ConfigError as error:
+        raise FormatError(f"{packed_dir}: its metadata: {error}. Export the run again") from None
+
+
+def _round_like(model: Llama, rounding: TableRounding, run_dir: Path, packed_dir: Path) -> None:
+    """Round a trained model's tables as the packed one's were. Raises FormatError if they cannot have been."""
+    try:
+        round_tables_(model, rounding)
+    except ConfigError as error:
+        raise FormatError(
+            f"{packed_dir} says that its tables were rounded after training to {rounding.bits} bits, "
+            f"which the model of {run_dir} cannot be: {error}. Name the run that it came from"
+        ) from None
 
 
 @contextmanager

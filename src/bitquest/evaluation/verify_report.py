@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from bitquest.nn import TableRounding
+
 SHOWN = 5
 
 
@@ -52,12 +54,17 @@ def _finite(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """All checks of one packed model against the run it came from, in the order they were made."""
+    """All checks of one packed model against the run it came from, in the order they were made.
+
+    rounding: how embedding and head were rounded after training, None if they were not. All checks are then against
+    the trained model whose tables were rounded in the same way.
+    """
 
     run: str
     packed: str
     step: int
     checks: tuple[Check, ...]
+    rounding: TableRounding | None = None
 
     @property
     def passed(self) -> bool:
@@ -67,6 +74,11 @@ class VerifyReport:
     @property
     def failed(self) -> tuple[Check, ...]:
         return tuple(check for check in self.checks if check.passed is False)
+
+    @property
+    def tables(self) -> str | None:
+        """What was done to embedding and head, in words; None if they are as trained."""
+        return None if self.rounding is None else f"rounded after training at export ({self.rounding.bits} bits)"
 
     def check(self, name: str) -> Check:
         """The check of that name."""
@@ -79,5 +91,6 @@ class VerifyReport:
             "packed": self.packed,
             "step": self.step,
             "passed": self.passed,
+            "tables": None if self.rounding is None else {**self.rounding.to_json(), "summary": self.tables},
             "checks": [check.to_json() for check in self.checks],
         }

@@ -7,7 +7,7 @@ from bitquest.nn.linear import QuantizedLinear, training_backends
 from bitquest.nn.packed_linear import PackedLinear
 from bitquest.nn.quantizer import MaskedShare, record_masked_share
 from bitquest.nn.scheme import Scheme
-from bitquest.nn.tables import TABLE_BITS, TableRounding, round_tables_
+from bitquest.nn.tables import TableRounding, round_tables_
 
 __all__ = [
     "MaskedShare",
@@ -16,7 +16,6 @@ __all__ = [
     "QuantizedEmbedding",
     "QuantizedLinear",
     "Scheme",
-    "TABLE_BITS",
     "TableRounding",
     "pack_",
     "quantize_",
