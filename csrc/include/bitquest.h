@@ -200,6 +200,89 @@ BQ_API int32_t bq_quantized_linear(const bq_quantizer *quantizer, const bq_rows 
 BQ_API int32_t bq_product(const void *prepared, int64_t prepared_bytes, const bq_activation *x, int32_t *out,
                           int64_t channels, int32_t threads);
 
+/* --- decoding: one token through a whole Llama ------------------------------------------------------------------- */
+
+/* A linear layer: a prepared weight with the quantizer of its input, or a matrix of floats. */
+typedef struct bq_layer {
+    int64_t channels;              /* N */
+    int64_t width;                 /* K */
+    const void *prepared;          /* null: dense */
+    int64_t prepared_bytes;
+    const bq_quantizer *quantizer; /* of a weight prepared for floats only the block is read. Layers that read one input
+                                    * and name one quantizer and one given step share the codes */
+    const float *given_step;       /* BQ_SCALE_GIVEN: one row of steps, else null */
+    bq_form form;                  /* of the input's grid */
+    const void *dense;             /* (N, K) of dtype: BQ_FLOAT32 or BQ_BFLOAT16 */
+    int32_t dtype;
+    const float *bias;             /* float32 (N), may be null */
+} bq_layer;
+
+/* x / sqrt(mean x^2 + epsilon) * weight; a null weight: no norm. */
+typedef struct bq_norm {
+    const float *weight;
+    float epsilon;
+} bq_norm;
+
+/* H query heads and H_kv key-value heads of C channels, D the width of the stream, F that of the gated product. */
+typedef struct bq_block {
+    bq_norm attention_norm;  /* (D) */
+    bq_norm q_norm;          /* (C), may be missing; so may k_norm, o_norm and down_norm */
+    bq_norm k_norm;
+    bq_norm o_norm;          /* (H C) */
+    bq_norm mlp_norm;        /* (D) */
+    bq_norm down_norm;       /* (F) */
+    bq_layer q, k, v, o, gate, up, down;
+} bq_block;
+
+/* The rows of the tokens, (V, D): floats, or packed codes with float32 steps, rotated back in blocks. */
+typedef struct bq_table {
+    const void *dense;     /* of dtype, any of the three; null: packed */
+    int32_t dtype;
+    int32_t bits;
+    const uint8_t *packed; /* (V, ceil(D * bits / 8)) */
+    const float *levels;   /* 2^bits: the level of every u, in units of the step */
+    const float *step;     /* (V, groups), or one row for all with step_stride 0 */
+    int64_t step_stride;
+    int64_t groups;
+    int32_t block;
+} bq_table;
+
+typedef struct bq_decoder {
+    int64_t layers;
+    int64_t width;       /* D */
+    int64_t hidden;      /* F */
+    int64_t heads;       /* H, a multiple of kv_heads */
+    int64_t kv_heads;    /* H_kv */
+    int64_t head_size;   /* C, even */
+    int64_t vocabulary;  /* V */
+    int64_t positions;   /* S: of the cache and of the tables of angles */
+    const bq_block *blocks;
+    bq_table embedding;
+    bq_norm final_norm;  /* (D) */
+    bq_layer head;       /* (V, D) */
+    const float *cos;    /* (S, C), halves side by side: channel i turns with channel i + C / 2 */
+    const float *sin;
+    float *keys;         /* (layers, H_kv, S, C), dense */
+    float *values;
+    void *workspace;     /* bq_decoder_bytes long, on 64 bytes; used by one call at a time */
+    int64_t workspace_bytes;
+    int32_t threads;
+} bq_decoder;
+
+/* Checks all sizes, pointers and weights but the workspace, and says how long that must be. */
+BQ_API int32_t bq_decoder_bytes(const bq_decoder *decoder, int64_t *bytes);
+
+/* Logits float32 (V) of the token at `position`; its keys and values are stored, those of the positions before it are
+ * read. The stream, the norms, the angles and the softmax are float32. For a decoder that bq_decoder_bytes has passed;
+ * nothing is allocated but what the products keep for the calling thread. After an error the position is undefined. */
+BQ_API int32_t bq_decode_token(const bq_decoder *decoder, int64_t token, int64_t position, float *logits);
+
+/* The vector kernels of a step, for tests: out = w x + bias (w of layer->dense); attention of one head over `seen` rows
+ * of keys and values, scores: room for `seen` rounded up to 16. */
+BQ_API int32_t bq_dense_vector(const bq_layer *layer, const float *x, float *out, int32_t threads);
+BQ_API int32_t bq_attend(const float *q, const float *keys, const float *values, int64_t seen, int64_t head_size,
+                         float *scores, float *out);
+
 #ifdef __cplusplus
 }
 #endif

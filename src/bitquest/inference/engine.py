@@ -9,6 +9,7 @@ import torch
 
 from bitquest.errors import CheckpointError, ConfigError, DataError
 from bitquest.inference.kv_cache import KVCache
+from bitquest.inference.native_decode import NativeDecoder
 from bitquest.inference.sampling import SamplingOptions, choose
 from bitquest.inference.static_decode import StaticDecoder
 from bitquest.models import Llama, Tokenizer, load_hf
@@ -59,7 +60,7 @@ def generate(
     generator = torch.Generator().manual_seed(options.seed)
     budget = min(max_new_tokens, context - len(prompt_ids) + 1)  # the last token needs no position: nothing follows it
     cache = KVCache(model.config, positions=len(prompt_ids) + budget - 1, device=device)
-    decoder = StaticDecoder(model, cache) if device.type == "cuda" else None
+    decoder = _decoder(model, cache) if budget > 1 else None
     token, fresh, started = -1, torch.tensor([prompt_ids], device=device), time.perf_counter()
     for number in range(budget):
         if number == 0 or decoder is None:
@@ -81,6 +82,13 @@ def generate(
         if decoder is None:
             fresh = torch.tensor([[token]], device=device)
     speed.stopped = "the number of tokens asked for" if budget == max_new_tokens else f"the context of {context} tokens"
+
+
+def _decoder(model: Llama, cache: KVCache) -> StaticDecoder | NativeDecoder | None:
+    """What decodes faster than the model's own forward, if anything does."""
+    if cache.keys.is_cuda:
+        return StaticDecoder(model, cache)
+    return NativeDecoder(model, cache) if NativeDecoder.refuses(model, cache) is None else None
 
 
 class TextEngine:
