@@ -44,18 +44,21 @@ inline U8 table16(const uint8_t *table) {
 
 inline U8 lookup(U8 table, U8 index) { return (U8)_mm256_shuffle_epi8((__m256i)table, (__m256i)index); }
 
-// sums += bytes, in an order that only `spread` knows; and words += sums, in order.
+// sums += bytes, in an order that only `spread` knows.
 inline void widen(U16 (&sums)[2], U8 bytes) {
     const __m256i zero = _mm256_setzero_si256();
     sums[0] += (U16)_mm256_unpacklo_epi8((__m256i)bytes, zero);
     sums[1] += (U16)_mm256_unpackhi_epi8((__m256i)bytes, zero);
 }
 
-inline void spread(const U16 (&sums)[2], int32_t *words) {
+// words = sums << Shift, in order; more of them: words += …
+template <int Shift>
+inline void spread(const U16 (&sums)[2], int32_t *words, bool first) {
     for (int i = 0; i < 4; ++i) {  // eight channels each
         const auto pair = (__m256i)sums[i % 2];
         const __m128i eight = i < 2 ? _mm256_castsi256_si128(pair) : _mm256_extracti128_si256(pair, 1);
-        store(words + 8 * i, load<I32>(words + 8 * i) + (I32)_mm256_cvtepu16_epi32(eight));
+        const I32 wide = (I32)_mm256_cvtepu16_epi32(eight) << Shift;
+        store(words + 8 * i, first ? wide : load<I32>(words + 8 * i) + wide);
     }
 }
 

@@ -31,19 +31,33 @@ void store_outputs(const Plan &plan, int64_t t, int64_t n, F32 value) {
     std::memcpy(static_cast<uint16_t *>(plan.output.out) + at, halves, static_cast<size_t>(count) * 2);
 }
 
-// Positions of the scales and sums of one vector of channels.
+// Which step, scale and sum of v the groups of a window read: positions from those of the first group.
+struct Positions {
+    int64_t w[kGroupsAtOnce];
+    int64_t x[kGroupsAtOnce];
+    int64_t v[kGroupsAtOnce];
+
+    Positions(const Plan &plan, const Window &window) {
+        for (int64_t j = 0; j < window.groups; ++j) {
+            const int64_t g = window.group + j;
+            w[j] = coarse_group(g, plan.layout.groups, plan.groups) * plan.layout.lanes;
+            x[j] = coarse_group(g, plan.x_groups, plan.groups);
+            v[j] = coarse_group(g, plan.sum_groups, plan.groups) * plan.layout.lanes;
+        }
+    }
+};
+
+// The scales and sums of one vector of channels, of the first group.
 struct Channels {
     const float *steps;
     const int32_t *sums;
-    int64_t apart;  // from group to group
 
     Channels(const Plan &plan, int64_t vector) {
         const ProductLayout &l = plan.layout;
         const int64_t tile = vector * kLanes / l.lanes;
         const int64_t lane = vector * kLanes % l.lanes;
-        apart = l.lanes;
-        steps = plan.steps + tile * l.groups * apart + lane;
-        sums = plan.sums == nullptr ? nullptr : plan.sums + tile * plan.sum_groups * apart + lane;
+        steps = plan.steps + tile * l.groups * l.lanes + lane;
+        sums = plan.sums == nullptr ? nullptr : plan.sums + tile * plan.sum_groups * l.lanes + lane;
     }
 };
 
@@ -55,7 +69,7 @@ I32 corrected(const Plan &plan, const int32_t *d, int64_t row, int64_t g, const 
     if (plan.a_sums != nullptr) {
         term += static_cast<uint32_t>(c.a_factor) * static_cast<uint32_t>(plan.a_sums[row * plan.groups + g]);
     }
-    U32 dot = load<U32>(d) * static_cast<uint32_t>(c.d_factor) + term;
+    U32 dot = (load<U32>(d) << c.d_shift) + term;
     if (HasV) dot += load<U32>(v_sums) * static_cast<uint32_t>(c.v_factor);
     return (I32)dot;
 }
@@ -65,6 +79,7 @@ F32 to_floats(I32 x) { return __builtin_convertvector(x, F32); }
 // The usual case: dots of less than 32 bits, float outputs. Digits: rows of a token.
 template <bool HasV, int Digits>
 void finish_floats(const Plan &plan, const int32_t *d, float *totals, const Window &w) {
+    const Positions position(plan, w);
     const int64_t next_row = w.vectors * kLanes;
     const bool last = w.group + w.groups == plan.groups;
     for (int64_t i = 0; i < w.vectors && (w.vector + i) * kLanes < plan.channels; ++i) {
@@ -77,14 +92,14 @@ void finish_floats(const Plan &plan, const int32_t *d, float *totals, const Wind
             for (int64_t j = 0; j < w.groups; ++j) {
                 const int64_t g = w.group + j;
                 const int32_t *from = d + (j * w.height + r) * next_row + i * kLanes;
-                const int32_t *v = HasV ? at.sums + coarse_group(g, plan.sum_groups, plan.groups) * at.apart : nullptr;
+                const int32_t *v = HasV ? at.sums + position.v[j] : nullptr;
                 F32 value = to_floats(corrected<HasV>(plan, from, row, g, v));
                 if (Digits == 3) {  // and 256 times the second row, and 65536 times the third
                     const F32 third = to_floats(corrected<HasV>(plan, from + 2 * next_row, row + 2, g, v));
                     value += (third * 256.0f + to_floats(corrected<HasV>(plan, from + next_row, row + 1, g, v))) * 256.0f;
                 }
-                value *= plan.x_scale[token * plan.x_groups + coarse_group(g, plan.x_groups, plan.groups)];
-                total += value * load<F32>(at.steps + coarse_group(g, plan.layout.groups, plan.groups) * at.apart);
+                value *= plan.x_scale[token * plan.x_groups + position.x[j]];
+                total += value * load<F32>(at.steps + position.w[j]);
             }
             if (last) {
                 store_outputs(plan, token, (w.vector + i) * kLanes, total);
@@ -115,6 +130,7 @@ F32 wide_dot(const Plan &plan, const int32_t *d, int32_t a_sum, const int32_t *v
 
 // bq_product, and dots that may take more than 31 bits.
 void finish_rare(const Plan &plan, const int32_t *d, float *totals, const Window &w) {
+    const Positions position(plan, w);
     for (int64_t i = 0; i < w.vectors && (w.vector + i) * kLanes < plan.channels; ++i) {
         const int64_t n = (w.vector + i) * kLanes;
         const Channels at(plan, w.vector + i);
@@ -124,18 +140,17 @@ void finish_rare(const Plan &plan, const int32_t *d, float *totals, const Window
             for (int64_t j = 0; j < w.groups; ++j) {
                 const int64_t g = w.group + j;
                 const int32_t *from = d + ((j * w.height + r) * w.vectors + i) * kLanes;
-                const int64_t v = coarse_group(g, plan.sum_groups, plan.groups) * at.apart;
+                const int32_t *v = at.sums == nullptr ? nullptr : at.sums + position.v[j];
                 if (plan.integers != nullptr) {
-                    const I32 dot = plan.correct.v_factor != 0 ? corrected<true>(plan, from, row, g, at.sums + v)
+                    const I32 dot = plan.correct.v_factor != 0 ? corrected<true>(plan, from, row, g, v)
                                                                : corrected<false>(plan, from, row, g, nullptr);
                     std::memcpy(plan.integers + (row * plan.groups + g) * plan.channels + n, &dot,
                                 static_cast<size_t>(at_most(plan.channels - n, kLanes)) * sizeof(int32_t));
                     continue;
                 }
-                F32 value = wide_dot(plan, from, plan.a_sums[row * plan.groups + g],
-                                     at.sums == nullptr ? nullptr : at.sums + v);
-                value *= plan.x_scale[row * plan.x_groups + coarse_group(g, plan.x_groups, plan.groups)];
-                value *= load<F32>(at.steps + coarse_group(g, plan.layout.groups, plan.groups) * at.apart);
+                F32 value = wide_dot(plan, from, plan.a_sums[row * plan.groups + g], v);
+                value *= plan.x_scale[row * plan.x_groups + position.x[j]];
+                value *= load<F32>(at.steps + position.w[j]);
                 if (g > 0) value += load<F32>(kept);
                 store(kept, value);
                 if (g + 1 == plan.groups) store_outputs(plan, row, n, value);

@@ -17,11 +17,11 @@
 namespace bq::BQ_SPACE {
 namespace {
 
-// L = D * d_factor + A * a_factor + V * v_factor + constant: the dot of one scale group in the integers of the levels
+// L = (D << d_shift) + A * a_factor + V * v_factor + constant: the dot of one scale group in the integers of the levels
 // (for bq_product: in the factors) from D, the sum A of the row's factors and the sum V of the channel's v. Computed
 // modulo 2^32, which is exact where L fits.
 struct Correction {
-    int32_t d_factor;
+    int32_t d_shift;
     int32_t a_factor;
     int32_t v_factor;
     int32_t constant;

@@ -36,7 +36,12 @@ struct Memory {
     }
 };
 
-// BQ_UNSUPPORTED: groupings whose blocks do not line up.
+// Every form of numerics/integers.py: factor * a + offset is a, or 2a + 1.
+bool is_usual(const bq_form &form) {
+    return (form.factor == 1 && form.offset == 0) || (form.factor == 2 && form.offset == 1);
+}
+
+// BQ_UNSUPPORTED: groupings whose blocks do not line up, unknown forms.
 int32_t make_plan(const bq_weight &w, const uint8_t *payload, const bq_activation &x, Plan *plan) {
     ProductLayout &l = plan->layout;
     std::memcpy(&l, payload, sizeof(l));
@@ -57,6 +62,7 @@ int32_t make_plan(const bq_weight &w, const uint8_t *payload, const bq_activatio
     plan->shift = l.planes != 0 ? 0 : bytes_traits(l.bits).shift;
     plan->form_x = floats ? bq_form{1.0f, 1, 0} : x.form;
     plan->form_w = w.form;
+    if (!is_usual(plan->form_w) || !is_usual(plan->form_x)) return BQ_UNSUPPORTED;
     if (plan->groups > w.groups && plan->size % block != 0) return BQ_UNSUPPORTED;
     if (l.planes == 0 && plan->form_x.offset != 0 && plan->sums == nullptr) return BQ_UNSUPPORTED;
     return BQ_OK;
@@ -69,15 +75,16 @@ Correction level_correction(const Plan &plan, int32_t x_bits) {
         const int32_t w_largest = (1 << l.bits) - 1;
         const int32_t x_largest = (1 << x_bits) - 1;
         if (x_bits == 8 && plan.form_x.offset == 0) {  // not of the levels 2a + 1, but of a: half of that, less the sum of w
-            return {1, 0, -1, static_cast<int32_t>(-(x_largest - 1) / 2 * w_largest * plan.size)};
+            return {0, 0, -1, static_cast<int32_t>(-(x_largest - 1) / 2 * w_largest * plan.size)};
         }
-        return {2, 0, 0, static_cast<int32_t>(-x_largest * w_largest * plan.size)};
+        return {1, 0, 0, static_cast<int32_t>(-x_largest * w_largest * plan.size)};
     }
     const bq_form &fx = plan.form_x;
     const int32_t scale = plan.form_w.factor * l.scale;
     const int32_t offset = plan.form_w.factor * l.offset + plan.form_w.offset;
     const auto constant = static_cast<uint32_t>(fx.offset * offset) * static_cast<uint32_t>(plan.size);
-    return {fx.factor * scale, fx.factor * (offset + scale * plan.shift), fx.offset * scale,
+    // The product of both is 1, 2 or 4: see make_plan.
+    return {(fx.factor * scale) >> 1, fx.factor * (offset + scale * plan.shift), fx.offset * scale,
             static_cast<int32_t>(constant)};
 }
 

@@ -145,8 +145,7 @@ void sum_tables(const uint8_t *const *streams, int64_t stride, const uint8_t *x,
     using Table = Tables<XBits>;
     const uint8_t *at[S];
     for (int s = 0; s < S; ++s) at[s] = streams[s];
-    for (int i = 0; i < T * S * kBytes; ++i) d[i] = 0;
-    while (blocks > 0) {
+    for (bool first = true; blocks > 0; first = false) {
         U16 sums[T][S][2] = {};
         for (int64_t round = 0; round < kMostAtOnce && blocks > 0; ++round) {
             U8 part[T][S] = {};
@@ -166,7 +165,7 @@ void sum_tables(const uint8_t *const *streams, int64_t stride, const uint8_t *x,
             }
         }
         for (int t = 0; t < T; ++t) {
-            for (int s = 0; s < S; ++s) spread(sums[t][s], d + (t * S + s) * kBytes);
+            for (int s = 0; s < S; ++s) spread<0>(sums[t][s], d + (t * S + s) * kBytes, first);
         }
     }
 }
@@ -229,8 +228,7 @@ template <int T, int S>
 void sum_split_tables(const uint8_t *const *streams, int64_t stride, const uint8_t *x, int64_t blocks, int32_t *d) {
     const uint8_t *at[S];
     for (int s = 0; s < S; ++s) at[s] = streams[s];
-    for (int i = 0; i < T * S * kBytes; ++i) d[i] = 0;
-    while (blocks > 0) {
+    for (bool first = true; blocks > 0; first = false) {
         U16 lows[T][S][2] = {};
         U16 highs[T][S][2] = {};
         for (int64_t round = 0; round < SplitTables::kRounds && blocks > 0; ++round) {
@@ -251,11 +249,8 @@ void sum_split_tables(const uint8_t *const *streams, int64_t stride, const uint8
         }
         for (int t = 0; t < T; ++t) {
             for (int s = 0; s < S; ++s) {
-                int32_t *to = d + (t * S + s) * kBytes;
-                int32_t part[kBytes] = {};
-                spread(lows[t][s], to);
-                spread(highs[t][s], part);
-                for (int i = 0; i < kBytes; ++i) to[i] += 64 * part[i];
+                spread<0>(lows[t][s], d + (t * S + s) * kBytes, first);
+                spread<6>(highs[t][s], d + (t * S + s) * kBytes, false);
             }
         }
     }

@@ -47,17 +47,19 @@ inline U8 lookup(U8 table, U8 index) { return (U8)vqtbl1q_u8((uint8x16_t)table, 
 // Every bit of a vector counted within its byte.
 inline U8 count_bits(U8 x) { return (U8)vcntq_u8((uint8x16_t)x); }
 
-// sums += bytes, in an order that only `spread` knows; and words += sums, in order.
+// sums += bytes, in an order that only `spread` knows.
 inline void widen(U16 (&sums)[2], U8 bytes) {
     sums[0] = (U16)vaddw_u8((uint16x8_t)sums[0], vget_low_u8((uint8x16_t)bytes));
     sums[1] = (U16)vaddw_high_u8((uint16x8_t)sums[1], (uint8x16_t)bytes);
 }
 
-inline void spread(const U16 (&sums)[2], int32_t *words) {
-    for (int i = 0; i < 2; ++i) {
-        const auto eight = (uint16x8_t)sums[i];
-        store(words + 8 * i, load<I32>(words + 8 * i) + (I32)vmovl_u16(vget_low_u16(eight)));
-        store(words + 8 * i + 4, load<I32>(words + 8 * i + 4) + (I32)vmovl_high_u16(eight));
+// words = sums << Shift, in order; more of them: words += …
+template <int Shift>
+inline void spread(const U16 (&sums)[2], int32_t *words, bool first) {
+    for (int i = 0; i < 4; ++i) {  // four channels each
+        const auto eight = (uint16x8_t)sums[i / 2];
+        const I32 wide = (I32)(i % 2 == 0 ? vmovl_u16(vget_low_u16(eight)) : vmovl_high_u16(eight)) << Shift;
+        store(words + 4 * i, first ? wide : load<I32>(words + 4 * i) + wide);
     }
 }
 
