@@ -5,6 +5,7 @@ output). Up: products a second. A slanted line is a bandwidth, a level one an in
 """
 
 from collections.abc import Iterator, Mapping
+from math import atan2, degrees
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def draw_roofline(result: Mapping[str, Any], path: Path) -> None:
 
     style: dict[Any, Any] = {
         "font.size": 10, "text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _MUTED, "ytick.color": _MUTED,
-        "axes.edgecolor": _GRID, "grid.color": _GRID, "text.parse_math": False,
+        "axes.edgecolor": _GRID, "grid.color": _GRID,
     }  # fmt: skip
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(10, 6.4), dpi=130, layout="constrained")
@@ -84,7 +85,6 @@ def draw_roofline(result: Mapping[str, Any], path: Path) -> None:
         axes.set_xscale("log")
         axes.set_yscale("log")
         low, high = min(p[3] for p in found) / 2, max(p[3] for p in found) * 2.5
-        _draw_ceilings(axes, ceiling, low, high)
         _draw_points(axes, found)
         bottom = min(p[4] for p in found) / 2.5
         axes.set_xlim(low, high)
@@ -93,8 +93,12 @@ def draw_roofline(result: Mapping[str, Any], path: Path) -> None:
         axes.set_ylabel("products per second")
         axes.grid(which="major", lw=0.7)
         axes.spines[["top", "right"]].set_visible(False)
-        title = f"Linear layers on {ceiling['threads']} threads against the machine's measured ceilings"
-        axes.set_title(title + (" (dry run: means nothing)" if result["quick"] else ""), loc="left")
+        axes.set_title(
+            f"Linear layers on {ceiling['threads']} threads, under the machine's measured ceilings"
+            + (" (dry run)" if result["quick"] else ""), loc="left", fontsize=11,
+        )  # fmt: skip
+        figure.draw_without_rendering()  # the labels of slanted lines need the final axes
+        _draw_ceilings(axes, ceiling, low, high)
         figure.savefig(path, format="png", metadata={"Software": None})
 
 
@@ -104,21 +108,25 @@ def _draw_ceilings(axes: Any, ceiling: Mapping[str, Any], low: float, high: floa
     for name, rate in rates.items():
         axes.axhline(rate, color=_INK, lw=1, ls=(0, (5, 2)), zorder=1)
         axes.annotate(
-            f"{_CEILINGS[name]}: {rate / 1e9:.0f}·10⁹/s", (high, rate), xytext=(-4, 3), textcoords="offset points",
-            ha="right", va="bottom", fontsize=9, color=_INK,
+            f"{_CEILINGS[name]}: {rate / 1e9:.0f}·10⁹/s", (low, rate), xytext=(5, 3), textcoords="offset points",
+            va="bottom", fontsize=9, color=_INK,
         )  # fmt: skip
     for name, label in (("memory", "memory"), ("cache", "last-level cache")):
         bandwidth = ceiling[name]
         ends = [low, max(top / bandwidth, low * 2)]
         axes.plot(ends, [bandwidth * x for x in ends], color=_INK, lw=1, zorder=1)
+        (x0, y0), (x1, y1) = (axes.transData.transform((x, bandwidth * x)) for x in ends)
+        start = low * (1.15 if name == "memory" else 1.6)  # one after the other, where the lines are close
         axes.annotate(
-            f"{label}: {bandwidth / 1e9:.0f} GB/s", (low * 1.15, bandwidth * low * 1.15), xytext=(0, 5),
-            textcoords="offset points", rotation=38, rotation_mode="anchor", fontsize=9, color=_INK,
+            f"{label}: {bandwidth / 1e9:.0f} GB/s", (start, bandwidth * start), xytext=(-3, 4),
+            textcoords="offset points", rotation=degrees(atan2(y1 - y0, x1 - x0)), rotation_mode="anchor",
+            fontsize=9, color=_INK,
         )  # fmt: skip
 
 
 def _draw_points(axes: Any, found: list[tuple[str, str, str, float, float]]) -> None:
     from matplotlib.lines import Line2D
+    from matplotlib.patheffects import withStroke
 
     labels = []
     for kind, (colour, marker) in _KINDS.items():
@@ -132,6 +140,7 @@ def _draw_points(axes: Any, found: list[tuple[str, str, str, float, float]]) -> 
         axes.plot(x, y, marker=marker, ms=7, mfc=colour if filled else "none", mec=colour, mew=1.2, ls="", zorder=3)
         if filled and scheme in _LABELLED:
             axes.annotate(
-                scheme.upper(), (x, y), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8, color=colour
-            )
+                scheme.upper(), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8, color=colour, zorder=4,
+                path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            )  # fmt: skip
     axes.legend(handles=labels, loc="lower right", frameon=False, fontsize=9)
