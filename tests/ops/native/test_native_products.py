@@ -230,6 +230,18 @@ def test_threads_give_the_same_bits(isa: str, pair: tuple[str, str]) -> None:
         assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("pair", [("1", "1"), ("1", "4"), ("1", "7"), ("1", "8"), ("2", "2"), ("4", "8"), ("8", "8")])
+def test_the_largest_sums_fit(isa: str, pair: tuple[str, str]) -> None:
+    """Every element at an end of its grid: the bounds that let kernels add up in few bits."""
+    for x_end, w_end in itertools.product((0, -1), repeat=2):
+        w, x = operand(pair[0], 257, 1280), operand(pair[1], 13, 1280)
+        for part, end in ((w, w_end), (x, x_end)):
+            part.codes.fill_(2 ** (part.form.bits - 1) * (-1 if end == 0 else 1) + end)
+            part.factors.copy_(part.form.of_codes(part.codes))
+        y = native_linear.product(prepared(w, x.form), x.rows(), 257, 1280, x.form, 1)
+        assert torch.equal(y[:, 0], integer_product(x.factors, w.factors))
+
+
 def test_dots_beyond_31_bits(isa: str) -> None:
     """The widest 8-bit row: each of 40000 products is 255 * 255."""
     w, x = operand("8", 17, 40000), operand("8", 2, 40000)
