@@ -58,3 +58,11 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(aside)
     os.replace(folder, aside)
     shutil.rmtree(aside)
+
+
+def cache_folder() -> Path:
+    """`$BITQUEST_CACHE`, else `$XDG_CACHE_HOME/bitquest`, else `~/.cache/bitquest`. Nothing is created."""
+    chosen = os.environ.get("BITQUEST_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "bitquest")

@@ -1,6 +1,7 @@
 """`bitquest doctor`: what this machine has, what is missing, and whether the numbers are right."""
 
 import importlib.util
+import os
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,6 +45,7 @@ def examine() -> dict[str, Any]:
         "version": __version__,
         "hardware": describe(),
         "gpu": _gpu(),
+        "auto": os.environ.get("BITQUEST_BACKEND"),
         "backends": [report._asdict() for report in backend_report()],
         "extras": [
             {
@@ -128,6 +130,8 @@ def _show(findings: dict[str, Any]) -> None:
         "memory": f"{hardware['memory_gib']} GiB; free disk here: {findings['free_disk_gib']} GiB",
         "GPU": findings["gpu"],
     }
+    if findings["auto"]:
+        rows["auto means"] = f"{findings['auto']} (BITQUEST_BACKEND)"
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/]", str(value))
     for backend in findings["backends"]:

@@ -14,6 +14,7 @@ def command(
     tokens: Annotated[int | None, typer.Option(help="Evaluate at most so many tokens.", show_default="all")] = None,
     step: Annotated[int | None, typer.Option(help="Checkpoint of a run.", show_default="last")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of a window.", show_default="the model's")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
     backend: Annotated[str, typer.Option(help="Which code runs the packed layers; see bitquest doctor.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")] = False,
 ) -> None:
@@ -24,7 +25,7 @@ def command(
     from bitquest.evaluation.sources import open_model, open_stream
 
     with err.status("reading the model"):
-        opened = open_model(model, step, backend)
+        opened = open_model(model, step, backend, device)
     with err.status("reading the text"):
         stream = open_stream(data, opened.tokenizer, tokens)
     with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:

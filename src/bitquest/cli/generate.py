@@ -26,6 +26,7 @@ def command(
 ) -> None:
     """Write text with a packed model."""
     from bitquest.inference import SamplingOptions, Speed, TextEngine
+    from bitquest.nn import running_backends
 
     options = SamplingOptions(temperature, top_k, top_p, seed)
     if prompt == "-":
@@ -42,6 +43,7 @@ def command(
             "text": "".join(pieces),
             "tokens": speed.tokens + 1,
             "stopped": speed.stopped,
+            "backend": running_backends(engine.model),
             "tokens_per_second": speed.tokens_per_second,
             "prompt_tokens": speed.prompt_tokens,
             "prompt_tokens_per_second": speed.prompt_tokens_per_second,
@@ -51,8 +53,8 @@ def command(
         write_out("\n" if pieces else prompt + "\n")
         err.print(
             f"[dim]{speed.tokens_per_second:.1f} tokens/s "
-            f"(prompt of {speed.prompt_tokens} tokens: {speed.prompt_tokens_per_second:.0f} tokens/s); "
-            f"stopped at {speed.stopped}[/]",
+            f"(prompt of {speed.prompt_tokens} tokens: {speed.prompt_tokens_per_second:.0f} tokens/s) "
+            f"on {running_backends(engine.model)}; stopped at {speed.stopped}[/]",
             soft_wrap=True,
         )
 

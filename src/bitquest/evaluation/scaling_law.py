@@ -1,8 +1,8 @@
 """The scaling law of low-bit training: L(N, D, P) = A/(N·eff(P))^α + B/D^β + E.
 
 N parameters without token table and head, D training tokens, P the number format: a model of N parameters in format P
-learns like one of N·eff(P) unquantized parameters. Constants are the published fit (METHOD, "Results to hold this
-project against"), to 104 runs on C4 with Llama-type models; nothing here fits.
+learns like one of N·eff(P) unquantized parameters. Constants are the published fit (METHOD, "Scaling law"),
+to 104 runs on C4 with Llama-type models; nothing here fits.
 """
 
 import math

@@ -8,6 +8,7 @@ import torch
 from bitquest.errors import CheckpointError, DataError
 from bitquest.evaluation.perplexity import Stream, pieces_stream
 from bitquest.export import is_packed, load, read_tokenizer
+from bitquest.export.loader import usable_device
 from bitquest.models import Llama, Tokenizer, load_hf
 from bitquest.ops.backend import resolve_backend
 from bitquest.training.data import Tokens, open_tokens
@@ -26,28 +27,29 @@ class OpenedModel:
     kind: str
 
 
-def open_model(path: Path, step: int | None = None, backend: str = "auto") -> OpenedModel:
-    """A packed model, a run's checkpoint (the newest, or `step`), or a Hugging Face Llama folder.
+def open_model(path: Path, step: int | None = None, backend: str = "auto", device: str = "cpu") -> OpenedModel:
+    """On a device: a packed model, a run's checkpoint (the newest, or `step`), or a Hugging Face Llama folder.
 
     Raises CheckpointError, or FormatError for a packed model, saying what is wrong and what to do.
     """
     if not path.exists():
         raise CheckpointError(f"{path}: no such directory; give a packed model, a run, or a Hugging Face Llama folder")
+    target = usable_device(device)
     resolve_backend(backend)  # a misspelt one is a mistake for every kind of model
     if is_run(path):
         run = load_run(path, step)
-        return OpenedModel(run.model, run.tokenizer, "run")
+        return OpenedModel(run.model.to(target), run.tokenizer, "run")
     if step is not None:
         raise CheckpointError(f"{path} is no run directory, so there is no step {step} to choose")
     if is_packed(path):
-        model, tokenizer = load(path, backend=backend), read_tokenizer(path)
+        model, tokenizer = load(path, device=target, backend=backend), read_tokenizer(path)
         if not isinstance(model, Llama):
             raise CheckpointError(f"{path} holds no Llama; load it in Python with bitquest.load(…, model=…)")
         if tokenizer is None:
             raise CheckpointError(f"{path} has no tokenizer.json, so text cannot be turned into tokens")
         return OpenedModel(model, tokenizer, "packed")
     if (path / "config.json").is_file():
-        return OpenedModel(load_hf(path).eval(), Tokenizer.from_file(path), "huggingface")
+        return OpenedModel(load_hf(path).to(target).eval(), Tokenizer.from_file(path), "huggingface")
     raise CheckpointError(
         f"{path} is neither a packed model (bitquest export), nor a run (bitquest train), nor a Hugging Face Llama"
     )

@@ -4,7 +4,7 @@ from bitquest.nn.convert import pack_, quantize_
 from bitquest.nn.embedding import PackedEmbedding, QuantizedEmbedding
 from bitquest.nn.integer_training import weights_held
 from bitquest.nn.linear import QuantizedLinear, training_backends
-from bitquest.nn.packed_linear import PackedLinear
+from bitquest.nn.packed_linear import PackedLinear, running_backends
 from bitquest.nn.quantizer import MaskedShare, record_masked_share
 from bitquest.nn.scheme import Scheme
 from bitquest.nn.tables import TableRounding, round_tables_
@@ -21,6 +21,7 @@ __all__ = [
     "quantize_",
     "record_masked_share",
     "round_tables_",
+    "running_backends",
     "training_backends",
     "weights_held",
 ]

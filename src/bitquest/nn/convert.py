@@ -41,7 +41,7 @@ def quantize_(
         try:
             made = _quantized(module, fqn, scheme, filter_fn, backend)
         except ConfigError as error:
-            raise ConfigError(f"{fqn or 'the module'}: {error}") from None
+            raise type(error)(f"{fqn or 'the module'}: {error}") from None
         if made is not None:
             replacements[fqn] = made
     if not replacements and scheme != Scheme.parse("none"):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitquest.errors import ConfigError
 from bitquest.nn.integer_training import InputRows, TrainingPlan, WeightRows, multiply, output_dtype, quantize_input
 from bitquest.nn.pending import PendingInput, as_tensor
 from bitquest.nn.quantizer import (
@@ -26,6 +27,7 @@ from bitquest.numerics.quantizer import Quantizer
 from bitquest.numerics.rotations import Rotation
 from bitquest.ops.backend import Backend, WrongDeviceError, backend_for, resolve_backend
 from bitquest.ops.linear_spec import LinearSpec
+from bitquest.ops.rows import ENGINE_DTYPES
 
 
 class QuantizedLinear(nn.Linear):
@@ -79,7 +81,7 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x_TK: Tensor | PendingInput) -> Tensor:
         """x (…, K) of any float dtype to (…, N); under autocast the product runs in autocast's dtype."""
-        if self._plan is not None:
+        if self._plan is not None and x_TK.dtype in ENGINE_DTYPES:
             return self._on_integers(x_TK, self._plan)
         if self._misplaced is not None:
             raise WrongDeviceError(self._misplaced)
@@ -88,6 +90,8 @@ class QuantizedLinear(nn.Linear):
         return F.linear(xq_TK, wq_NK, self.bias)
 
     def _on_integers(self, x: Tensor | PendingInput, plan: TrainingPlan) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise ConfigError(f"this layer reads {self.in_features} features, not {x.shape[-1]}")
         dtype = output_dtype(x.dtype, x.device.type)
         key = (*plan.input.key, dtype)
         made: InputRows
@@ -110,9 +114,17 @@ class QuantizedLinear(nn.Linear):
         """Whose products train this layer: a backend that works on integers, or torch for fake-quantized floats."""
         return Backend.TORCH if self._plan is None else Backend(self._plan.backend)
 
+    def forget(self) -> None:
+        """Drop the cached quantized weight: after a change that nothing shows, such as one through `.data` on a GPU."""
+        self.weight_quantizer.forget()
+        self._weight_rows.forget()
+
     def hold_weight(self) -> None:
-        """Quantize the weight now, for every forward pass until `release_weight` (see `weights_held`)."""
-        if self._plan is not None:
+        """Quantize the weight now, for every forward pass until `release_weight` (see `weights_held`).
+
+        Does nothing for the part of a weight that FSDP2 shares out: it is gathered in each forward pass.
+        """
+        if self._plan is not None and type(self.weight) is nn.Parameter:
             self._weight_rows.hold(self.weight, self._plan.weight)
 
     def release_weight(self) -> None:

@@ -22,7 +22,7 @@ from bitquest.ops.backend import Backend, WrongDeviceError, backend_for, engine,
 from bitquest.ops.engine_ops import packed_linear, quantize_rows, rotate_rows
 from bitquest.ops.linear_spec import LinearSpec
 from bitquest.ops.registry import quantizer_text
-from bitquest.ops.rows import PackedWeight, Prologue, QuantizedRows, flattened
+from bitquest.ops.rows import ENGINE_DTYPES, PackedWeight, Prologue, QuantizedRows, flattened
 
 
 class _Prepared(NamedTuple):
@@ -128,6 +128,8 @@ class PackedLinear(nn.Module):
     @codes.setter
     def codes(self, codes: Tensor | None) -> None:
         assert codes is None or self.weight_spec is not None
+        if codes is not None and tuple(codes.shape) != (self.out_features, self.in_features):
+            raise ConfigError(f"codes are ({self.out_features}, {self.in_features}), not {tuple(codes.shape)}")
         self.packed = None if codes is None or self.weight_spec is None else pack(codes, self.weight_spec.bits)
 
     def encode_weight(self) -> Encoded | None:
@@ -149,6 +151,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x_TK: Tensor | PendingInput) -> Tensor:
         """x (…, K) to (…, N) in x's dtype: integers in, integers multiplied, one scale per token and channel."""
+        if x_TK.shape[-1] != self.in_features:
+            raise ConfigError(f"this layer reads {self.in_features} features, not {x_TK.shape[-1]}")
         ready = self._ready()
         key = ("packed", ready.backend, self._input_text, self.rotation.block, ready.input_parts)
         rows: QuantizedRows | Tensor
@@ -161,11 +165,14 @@ class PackedLinear(nn.Module):
         else:
             tensor = x_TK
             rows = once_per_input(tensor, self, key, lambda: self._rows(tensor, None, ready))
-        y = packed_linear(rows, ready.parts, self.bias, self._spec, x_TK.dtype, ready.backend.value)
-        return y.reshape(*x_TK.shape[:-1], self.out_features)
+        dtype = x_TK.dtype if x_TK.dtype in ENGINE_DTYPES else torch.float32
+        y = packed_linear(rows, ready.parts, self.bias, self._spec, dtype, ready.backend.value)
+        return y.reshape(*x_TK.shape[:-1], self.out_features).to(x_TK.dtype)
 
     def _rows(self, x: Tensor, prologue: Prologue | None, ready: _Prepared) -> QuantizedRows | Tensor:
         flat, prologue = x.detach().reshape(-1, self.in_features), flattened(prologue)
+        if flat.dtype not in ENGINE_DTYPES:
+            flat = flat.to(torch.float32)
         if self.activation_spec is None:
             return rotate_rows(flat, self.rotation.block, ready.backend.value, prologue)
         return self._quantized(flat, prologue, ready.input_parts, ready.backend)
@@ -180,6 +187,11 @@ class PackedLinear(nn.Module):
         """Where the weight is."""
         held = self.packed if self.packed is not None else self.float_weight
         return torch.device("meta") if held is None else held.device
+
+    @property
+    def running_backend(self) -> Backend:
+        """Which backend runs this layer on the device it is on."""
+        return self._ready().backend
 
     def use(self, backend: str | Backend) -> None:
         """Run on another backend from now on. ConfigError if it is not available or does not run such a layer."""
@@ -223,8 +235,18 @@ class PackedLinear(nn.Module):
         super().__setstate__(state)
         self.prepare()
 
+    def _named_backend(self) -> str:
+        made = self._prepared
+        return self.backend if made is None or made.backend == self.backend else f"{self.backend} ({made.backend})"
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, weight={self.weight_spec}, "
-            f"activation={self.activation_spec}, rotation={self.rotation}, backend={self.backend}"
+            f"activation={self.activation_spec}, rotation={self.rotation}, backend={self._named_backend()}"
         )
+
+
+def running_backends(model: nn.Module) -> str:
+    """The names of the backends that run a model's packed layers, "torch" where it has none."""
+    names = {layer.running_backend.value for layer in model.modules() if isinstance(layer, PackedLinear)}
+    return ", ".join(sorted(names)) or Backend.TORCH.value

@@ -16,7 +16,11 @@ from bitquest.ops.linear_spec import LinearSpec
 AUTO_MEANS = "BITQUEST_BACKEND"  # environment variable: the backend that `auto` stands for, to look for a fault
 
 
-class WrongDeviceError(ConfigError):
+class BackendError(ConfigError):
+    """A backend was asked for by name and cannot do it."""
+
+
+class WrongDeviceError(BackendError):
     """A backend was asked for by name, and the layer is not on one of its devices (yet)."""
 
 
@@ -133,25 +137,33 @@ def engine(backend: str) -> Engine:
 
 
 def resolve_backend(name: str | Backend) -> Backend:
-    """`name` as a Backend, `auto` included. Raises ConfigError for one that is unknown or not available here."""
+    """`name` as a Backend, `auto` included. Raises BackendError for one that is unknown or not available here."""
     if name == Backend.AUTO:
-        name = os.environ.get(AUTO_MEANS, Backend.AUTO)
-        if name == Backend.AUTO:
-            return Backend.AUTO
+        return Backend.AUTO
     for report in backend_report():
         if report.name == name:
             if not report.available:
-                raise ConfigError(f"backend {report.name!r} is not available here: {report.reason}")
+                raise BackendError(f"backend {report.name!r} is not available here: {report.reason}")
             return Backend(report.name)
     known = ", ".join(["auto", *(report.name for report in backend_report())])
-    raise ConfigError(f"unknown backend {str(name)!r}; this version has: {known}")
+    raise BackendError(f"unknown backend {str(name)!r}; this version has: {known}")
+
+
+def preferred() -> Backend | None:
+    """The backend that BITQUEST_BACKEND names for `auto`, None if it is not set. BackendError if it cannot be used."""
+    named = os.environ.get(AUTO_MEANS, Backend.AUTO)
+    try:
+        found = resolve_backend(named)
+    except BackendError as error:
+        raise BackendError(f"{AUTO_MEANS}={named}: {error}") from None
+    return None if found == Backend.AUTO else found
 
 
 def backend_for(name: Backend, spec: LinearSpec, device: str, training: bool = False) -> Backend:
     """The backend that runs (or trains) a layer on a type of device.
 
-    `auto` takes the fastest available one that does, and torch where none does. Raises ConfigError, with the reason,
-    for another one that does not.
+    `auto` takes the one that BITQUEST_BACKEND names where it does, else the fastest available one that does, and torch
+    where none does. Raises BackendError, with the reason, for another one that does not.
     """
     if name not in (Backend.AUTO, Backend.TORCH):
         if device not in _devices(name):
@@ -161,9 +173,13 @@ def backend_for(name: Backend, spec: LinearSpec, device: str, training: bool = F
             )
         reason = _refused(name, spec, training)
         if reason is not None:
-            raise ConfigError(f"backend {name.value!r}: {reason}")
+            raise BackendError(f"backend {name.value!r}: {reason}")
     if name != Backend.AUTO:
         return name
+    wanted = preferred()
+    if wanted is not None:
+        fits = device in _devices(wanted) and _refused(wanted, spec, training) is None
+        return wanted if fits else Backend.TORCH
     for report in backend_report():
         candidate = Backend(report.name)
         if candidate == Backend.TORCH or not report.available or _only_asked(candidate):

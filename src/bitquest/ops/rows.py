@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ENGINE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what every engine reads and writes
 PARTS = ("factors", "packed", "step", "mask", "sums")
 
 

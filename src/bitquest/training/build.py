@@ -6,6 +6,7 @@ from typing import Any
 from bitquest.errors import CheckpointError, ConfigError
 from bitquest.models import Llama, LlamaConfig, Tokenizer, load_hf
 from bitquest.nn import Scheme, quantize_
+from bitquest.ops.backend import BackendError
 from bitquest.training.checkpoint import Checkpoint, load_named
 from bitquest.training.config import TrainConfig
 from bitquest.training.data import Tokens
@@ -27,6 +28,8 @@ def new_model(config: TrainConfig, tokens: Tokens) -> Llama:
 def _quantized(model: Llama, config: TrainConfig, backend: str) -> Llama:
     try:
         quantize_(model, Scheme.parse(config.scheme), backend=backend)
+    except BackendError as error:
+        raise ConfigError(f"train.backend = {backend!r}: {error}. Set it to auto, or see bitquest doctor") from None
     except ConfigError as error:
         raise ConfigError(
             f"scheme = {config.scheme!r} does not fit the model: {error} "

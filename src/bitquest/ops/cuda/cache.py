@@ -14,18 +14,11 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
+from bitquest.files import cache_folder
 from bitquest.ops.cuda.driver import Function, Module, load_driver
 from bitquest.ops.cuda.nvrtc import Nvrtc, load_nvrtc
 
 _MAGIC = b"bitquest cubin 1\n"
-
-
-def cache_folder() -> Path:
-    """`$BITQUEST_CACHE`, else `$XDG_CACHE_HOME/bitquest`, else `~/.cache/bitquest`. Nothing is created."""
-    chosen = os.environ.get("BITQUEST_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "bitquest")
 
 
 @cache

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import triton
 
-from bitquest.files import write_text_atomic
+from bitquest.files import cache_folder, write_text_atomic
 
 Key = tuple[int | str | bool, ...]
 
@@ -154,9 +154,8 @@ def _median_ms(launch: Callable[[], object]) -> float:
 
 
 def _cache_file(gpu: str) -> Path:
-    place = Path(os.path.expanduser(os.environ.get("BITQUEST_CACHE") or "~/.cache/bitquest"))
     plain = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    return place / f"tuning-{plain}-{triton.__version__}.json"
+    return cache_folder() / f"tuning-{plain}-{triton.__version__}.json"
 
 
 def _warn_once(message: str) -> None:
