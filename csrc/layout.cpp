@@ -135,7 +135,8 @@ class Filler {
         }
         uint8_t *v = memory;
         if (row != nullptr) unpack_row(row, bytes, w_.bits, w_.width, v);
-        if (!map_row(row != nullptr ? v : reinterpret_cast<const uint8_t *>(w_.factors + n * w_.width), n, v)) return false;
+        const auto *factors = reinterpret_cast<const uint8_t *>(w_.factors);
+        if (!map_row(row != nullptr ? v : factors + n * w_.width, n, v)) return false;
         uint8_t *padded = memory + w_.width + 8;
         for (int64_t g = 0; g < l_.groups; ++g) {
             std::memcpy(padded, v + g * l_.size, static_cast<size_t>(l_.size));

@@ -1,7 +1,7 @@
 // One product in AVX-512: what its parts share. Kernels leave exact integers D in tiles of tokens x channels; `Finish`
 // turns them into outputs. See layout.h for the weight's layout.
 //
-// The floors, counted on one core of an EPYC 9005 (Zen 5) at 4.2 GHz, whose rates were measured with loops of their own:
+// The floors, counted on one core of an EPYC 9005 (Zen 5) at 4.2 GHz, its rates measured with loops of their own:
 // vpdpbusd 2 a cycle (500 GMAC/s), vpopcntd 2, simple integer operations 4, 64-byte loads 2; read bandwidth of one core
 // 255 GB/s from 1 MB of level 2, 120 from level 3, 45 from memory; of two, 150-190 from level 3, 60 from memory.
 #pragma once
@@ -15,9 +15,9 @@ namespace bq::avx512 {
 
 constexpr int kLanes = 16;  // 32-bit lanes of a vector: channels of a tile
 
-// L = (D << d_shift) + a_factor * A + (V << v_shift) + constant: the dot of one scale group in the integers of the levels
-// (or, for bq_product, in the factors) from the kernels' D, the sum A of the token's factors and the sum V of the
-// channel's v. Every factor on D and V is a power of two.
+// L = (D << d_shift) + a_factor * A + (V << v_shift) + constant: the dot of one scale group in the integers of the
+// levels (or, for bq_product, in the factors) from the D of the kernels, the sum A of the token's factors and the sum V
+// of the v of the channel. Every factor on D and V is a power of two.
 struct Correction {
     int32_t d_shift;
     int32_t a_factor;
@@ -114,7 +114,9 @@ void finish(const Plan &plan, const int32_t *d, float *totals, const Window &win
 
 // acc += the dots of four bytes each. In assembly because GCC 12 otherwise copies accumulators back and forth in the
 // loops of these kernels, at the price of half their speed.
-static inline void add_dots(__m512i &acc, __m512i v, __m512i a) { asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(v), "v"(a)); }
+static inline void add_dots(__m512i &acc, __m512i v, __m512i a) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(v), "v"(a));
+}
 static inline void subtract(__m512i &acc, __m512i v) { asm("vpsubd %1, %0, %0" : "+v"(acc) : "v"(v)); }
 
 }  // namespace bq::avx512

@@ -151,7 +151,8 @@ void run_few(const Plan &plan, int64_t rows, const int32_t *x_words, int threads
             const uint8_t *words = plan.words + tile * tile_bytes(l);
             for (int64_t g = 0; g < plan.groups; g += kGroupsAtOnce) {
                 const int64_t groups = at_most(plan.groups - g, kGroupsAtOnce);
-                kernel(words + g * plan.blocks * l.bits * 64, x_words + g * plan.blocks * 8 * rows, groups, plan.blocks, d);
+                kernel(words + g * plan.blocks * l.bits * 64, x_words + g * plan.blocks * 8 * rows, groups,
+                       plan.blocks, d);
                 finish(plan, d, totals, {0, rows, rows, tile, 1, g, groups});
             }
         }
@@ -177,12 +178,13 @@ void run_bytes(const Plan &plan, const Tiling &tiling, const int32_t *x_words, i
             const uint8_t *words = plan.words + first * tile_bytes(l);
             for (int64_t i = 0; i < tiling.tiles(); ++i) {
                 const int64_t height = tiling.height(i);
-                const ManyKernel kernel = tiles == kPair ? many_kernel<kPair>(l.bits, height) : many_kernel<1>(l.bits, height);
+                const ManyKernel kernel =
+                    tiles == kPair ? many_kernel<kPair>(l.bits, height) : many_kernel<1>(l.bits, height);
                 const int32_t *x = x_words + i * kFull * plan.groups * plan.blocks * 8;
                 for (int64_t g = 0; g < plan.groups; g += kGroupsAtOnce) {
                     const int64_t groups = at_most(plan.groups - g, kGroupsAtOnce);
-                    kernel(words + g * plan.blocks * l.bits * 64, tile_bytes(l), x + g * plan.blocks * 8 * height, groups,
-                           plan.blocks, d);
+                    kernel(words + g * plan.blocks * l.bits * 64, tile_bytes(l), x + g * plan.blocks * 8 * height,
+                           groups, plan.blocks, d);
                     finish(plan, d, totals, {i * kFull, tiling.count(i), height, first, tiles, g, groups});
                 }
             }

@@ -23,7 +23,8 @@ struct Memory {
     int32_t *v_sums = nullptr;
 
     bool take(int64_t factor_bytes, int64_t word_count, int64_t sum_count, int64_t scale_count, int64_t v_count) {
-        const int64_t parts[] = {factor_bytes, word_count * 4, sum_count * 4, sum_count * 4, scale_count * 4, v_count * 4};
+        const int64_t parts[] = {factor_bytes,  word_count * 4,  sum_count * 4,
+                                 sum_count * 4, scale_count * 4, v_count * 4};
         int64_t at[7] = {};
         for (int i = 0; i < 6; ++i) at[i + 1] = at[i] + round_up(parts[i], 64);
         auto *all = static_cast<uint8_t *>(scratch(0, static_cast<size_t>(at[6])));
@@ -119,8 +120,8 @@ int32_t run(const bq_weight &w, const bq_activation &x, Plan *plan, int threads)
         return BQ_OK;
     }
     if (expand) expand_bits(x.packed, x.rows, w.width, memory.factors);
-    pack_bytes(*plan, floats || expand ? memory.factors : x.factors, tables ? 8 : plan->layout.bits, tiling, memory.words,
-               memory.a_sums, packing);
+    pack_bytes(*plan, floats || expand ? memory.factors : x.factors, tables ? 8 : plan->layout.bits, tiling,
+               memory.words, memory.a_sums, packing);
     const auto factor = static_cast<uint32_t>(plan->correct.a_factor);
     const auto constant = static_cast<uint32_t>(plan->correct.constant);
     for (int64_t i = 0; i < plan->rows * plan->groups; ++i) {  // modulo 2^32: exact, because the dot fits

@@ -136,7 +136,8 @@ void finish_rare(const Plan &plan, const int32_t *d, float *totals, const Window
                 const int64_t g = w.group + j;
                 const __m512i raw = _mm512_loadu_si512(d + ((j * w.height + r) * w.tiles + i) * kLanes);
                 if (plan.integers != nullptr) {
-                    const int32_t term = plan.terms == nullptr ? plan.correct.constant : plan.terms[token * plan.groups + g];
+                    const int32_t term =
+                        plan.terms == nullptr ? plan.correct.constant : plan.terms[token * plan.groups + g];
                     _mm512_mask_storeu_epi32(plan.integers + (token * plan.groups + g) * plan.channels + n, lanes,
                                              add_term(plan.correct, raw, term));
                     continue;

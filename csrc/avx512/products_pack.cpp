@@ -83,7 +83,8 @@ void pack_bytes(const Plan &plan, const int8_t *factors, int32_t bits, const Til
                     const int64_t at = 4 * w;
                     __m512i a = _mm512_setzero_si512();
                     if (place.real && at < plan.size) {
-                        a = _mm512_maskz_loadu_epi8(first(plan.size - at), factors + r * plan.width + g * plan.size + at);
+                        const int8_t *from = factors + r * plan.width + g * plan.size + at;
+                        a = _mm512_maskz_loadu_epi8(first(plan.size - at), from);
                     }
                     sum = _mm512_dpbusd_epi32(sum, ones, a);
                     scatter(place.words + (g * group_words + w) * place.stride, place.stride,
@@ -141,7 +142,8 @@ void expand_bits(const uint8_t *packed, int64_t rows, int64_t width, int8_t *fac
 }
 
 void split_floats(const bq_activation &x, int64_t width, int8_t *digits, float *steps, int threads) {
-    constexpr float kLargest = 8355000.0f;  // below 127 * 65536 + 127 * 256 + 127, so that every digit fits, rounded too
+    // Below 127 * 65536 + 127 * 256 + 127, so that every digit fits, rounded too.
+    constexpr float kLargest = 8355000.0f;
     auto share = [&](int64_t begin, int64_t end, int) {
         for (int64_t t = begin; t < end; ++t) {
             const float *row = x.values + t * x.values_stride;

@@ -156,7 +156,9 @@ Kernel kernel_of_planes(int64_t height, bool pair) {
 }
 
 Kernel kernel_of(int w_planes, int x_planes, int64_t height, bool pair) {
-    if (w_planes == 2) return x_planes == 1 ? kernel_of_planes<2, 1>(height, pair) : kernel_of_planes<2, 2>(height, pair);
+    if (w_planes == 2) {
+        return x_planes == 1 ? kernel_of_planes<2, 1>(height, pair) : kernel_of_planes<2, 2>(height, pair);
+    }
     switch (x_planes) {
     case 1: return kernel_of_planes<1, 1>(height, pair);
     case 2: return kernel_of_planes<1, 2>(height, pair);

@@ -48,7 +48,8 @@ inline void add_words(__m512i &acc, __m512i v) { asm("vpaddw %1, %0, %0" : "+v"(
 
 // D of T tokens x C tiles of channels, over `blocks` blocks in each of `groups` scale groups.
 template <int T, int C>
-void dots_tables(const uint8_t *words, int64_t apart, const int16_t *tables, int64_t groups, int64_t blocks, int32_t *d) {
+void dots_tables(const uint8_t *words, int64_t apart, const int16_t *tables, int64_t groups, int64_t blocks,
+                 int32_t *d) {
     const __m512i nibble = _mm512_set1_epi32(0x000f000f), upper = _mm512_set1_epi32(0x00100000);
     const __m512i ones = _mm512_set1_epi16(1);
     for (int64_t g = 0; g < groups; ++g, d += T * C * kLanes) {

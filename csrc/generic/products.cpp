@@ -45,7 +45,8 @@ struct Layout {
     int64_t bytes;
 
     explicit Layout(const bq_weight &w)
-        : steps(kLayoutBytes + round_up(w.channels * w.width, 64)), bytes(round_up(steps + w.channels * w.groups * 4, 64)) {}
+        : steps(kLayoutBytes + round_up(w.channels * w.width, 64)),
+          bytes(round_up(steps + w.channels * w.groups * 4, 64)) {}
 };
 
 bool wants_bits(const bq_weight &w) {
@@ -186,7 +187,8 @@ struct Call {
             const int64_t count = x.rows - t0 < kRowsAtOnce ? x.rows - t0 : kRowsAtOnce;
             for (int64_t t = 0; t < count; ++t) {
                 factor_row(x, t0 + t, w.width, memory + t * w.width);
-                for (int64_t g = 0; g < groups; ++g) sums[t * groups + g] = sum_of(memory + t * w.width + g * size, size);
+                const int16_t *a = memory + t * w.width;
+                for (int64_t g = 0; g < groups; ++g) sums[t * groups + g] = sum_of(a + g * size, size);
             }
             for (int64_t n = begin; n < end; ++n) {
                 const int8_t *row = reinterpret_cast<const int8_t *>(payload + kLayoutBytes) + n * w.width;
@@ -225,7 +227,9 @@ struct Call {
         if (levels == nullptr) return false;
         for (int64_t n = begin; n < end; ++n) {
             const int8_t *row = reinterpret_cast<const int8_t *>(payload + kLayoutBytes) + n * w.width;
-            for (int64_t k = 0; k < w.width; ++k) levels[k] = static_cast<float>(w.form.factor * row[k] + w.form.offset);
+            for (int64_t k = 0; k < w.width; ++k) {
+                levels[k] = static_cast<float>(w.form.factor * row[k] + w.form.offset);
+            }
             for (int64_t t = 0; t < x.rows; ++t) {
                 const float *a = x.values + t * x.values_stride;
                 float total = 0;
@@ -271,7 +275,8 @@ struct Call {
                             put_integer(t0 + t, g, n, exact);
                             continue;
                         }
-                        total += static_cast<float>(exact) * scale(t0 + t, g) * steps[n * l.groups + g * l.groups / groups];
+                        const float w_step = steps[n * l.groups + g * l.groups / groups];
+                        total += static_cast<float>(exact) * scale(t0 + t, g) * w_step;
                     }
                     if (integers == nullptr) put(t0 + t, n, total);
                 }

@@ -143,12 +143,12 @@ typedef struct bq_weight {
     /* The source, read by bq_prepare_weight only; exactly one of packed and factors. */
     const uint8_t *packed;  /* (N, ceil(K * bits / 8)) */
     const int8_t *factors;  /* (N, K), zero where not kept */
-    const int8_t *integer;  /* with packed: the factor of every u, 2^bits of them; null on uniform grids */
+    const int8_t *integer;  /* the factor of every u, 2^bits of them; null on uniform grids, and only there */
     const uint8_t *kept;    /* bytes 0 or 1 (N, K), null for dense weights; needs form.offset = 0 */
     const float *step;      /* (N, groups) */
 } bq_weight;
 
-/* Bytes that the prepared weight takes. Only sizes, bits and form are read. */
+/* Bytes that the prepared weight takes. Only sizes, bits, form and integer are read. */
 BQ_API int32_t bq_weight_bytes(const bq_weight *weight, int64_t *bytes);
 
 /* Fills `prepared` (64-byte aligned, bq_weight_bytes long): integers in the layout of the product's kernel, steps and
