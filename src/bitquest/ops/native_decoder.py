@@ -329,7 +329,8 @@ def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Attention of one head, q (C,), over keys and values (S, C), all float32. For tests."""
     seen, size = keys.shape
     q, keys, values = q.contiguous(), keys.contiguous(), values.contiguous()
-    scores, out = torch.empty(-(-seen // 16) * 16), torch.empty(size)
+    scores = torch.empty(-(-seen // 16) * 16, dtype=torch.float32)
+    out = torch.empty(size, dtype=torch.float32)
     held = (q, keys, values, scores, out)
     code = library().bq_attend(*[t.data_ptr() for t in held[:3]], seen, size, *[t.data_ptr() for t in held[3:]])
     native.done(code, "attention")
