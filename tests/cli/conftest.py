@@ -59,3 +59,9 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unfinished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run stopped on the way."""
     return train_small(tmp_path_factory.mktemp("unfinished"), "w4a4", steps=50, stop_after=5)
+
+
+@pytest.fixture
+def small_run() -> Callable[..., Path]:
+    """small_run(folder, scheme): folder/run, of the text in folder/text.txt."""
+    return train_small

@@ -86,15 +86,14 @@ def verify(
         step = _packed_step(run_dir, packed_dir, named)
     report("reading the checkpoint", 0, 1)
     run = load_run(run_dir, step)
-    if rounding is not None:
-        _round_like(run.model, rounding, run_dir, packed_dir)
+    rounded = [] if rounding is None else _round_like(run.model, rounding, run_dir, packed_dir)
     trained = run.model.to(device)
     source = Path(data) if data is not None else Path(run.config.data.path)
     if data is None and not source.exists():
         raise CheckpointError(f"{source}, the data of {run_dir}, is gone; name held-out text with --data")
     stream = open_stream(source, run.tokenizer, tokens).tokens.to(device)
     checks = [
-        check_description(trained, packed, run.tokenizer, tokenizer),
+        check_description(trained, packed, run.tokenizer, tokenizer, rounded),
         check_weights(trained, packed),
         check_tensors(trained, packed),
     ]
@@ -132,10 +131,10 @@ def _rounding(metadata: dict[str, Any], packed_dir: Path) -> TableRounding | Non
         raise FormatError(f"{packed_dir}: its metadata: {error}. Export the run again") from None
 
 
-def _round_like(model: Llama, rounding: TableRounding, run_dir: Path, packed_dir: Path) -> None:
-    """Round a trained model's tables as the packed one's were. Raises FormatError if they cannot have been."""
+def _round_like(model: Llama, rounding: TableRounding, run_dir: Path, packed_dir: Path) -> list[str]:
+    """Round a trained model's tables as the packed one's were; their names. FormatError if they cannot have been."""
     try:
-        round_tables_(model, rounding)
+        return list(round_tables_(model, rounding))
     except ConfigError as error:
         raise FormatError(
             f"{packed_dir} says that its tables were rounded after training to {rounding.bits} bits, "

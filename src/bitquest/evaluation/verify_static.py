@@ -4,7 +4,7 @@ N out_features, K in_features.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -45,8 +45,13 @@ def is_comparable(trained: Llama, packed: Llama) -> bool:
     )
 
 
-def check_description(trained: Llama, packed: Llama, ours: Tokenizer, theirs: Tokenizer | None) -> Check:
-    """The model's configuration, the tokenizer, and each layer's quantizers and rotation."""
+def check_description(
+    trained: Llama, packed: Llama, ours: Tokenizer, theirs: Tokenizer | None, rounded: Collection[str] = ()
+) -> Check:
+    """The model's configuration, the tokenizer, and each layer's quantizers and rotation.
+
+    rounded: names of the tables that the packed model's metadata call rounded after training.
+    """
     failures: list[str] = []
     before, after = trained.config.to_json(), packed.config.to_json()
     failures += [
@@ -57,7 +62,11 @@ def check_description(trained: Llama, packed: Llama, ours: Tokenizer, theirs: To
     elif theirs.sha256 != ours.sha256:
         failures.append("the packed model's tokenizer is not the run's")
     layers, found = trained_layers(trained), packed_layers(packed)
-    failures += [f"{name}: quantized in training, not packed" for name in layers if name not in found]
+    failures += [
+        f"{name}: {'rounded, as the metadata say' if name in rounded else 'quantized in training'}, not packed"
+        for name in layers
+        if name not in found
+    ]
     failures += [f"{name}: packed, not quantized in training" for name in found if name not in layers]
     for name in layers:
         if name in found:
