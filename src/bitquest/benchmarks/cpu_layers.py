@@ -16,6 +16,8 @@ from bitquest.benchmarks.cpu_check import check_layer
 from bitquest.benchmarks.cpu_random import random_linear, random_weight
 from bitquest.benchmarks.cpu_table import Case, Sizes
 from bitquest.benchmarks.cpu_timing import PAST_CACHE, WARM, copies_past_cache, sampler, speedup, take_turns, times
+from bitquest.benchmarks.cpu_torchao import NAME as TORCHAO
+from bitquest.benchmarks.cpu_torchao import torchao_layer
 from bitquest.nn import PackedLinear, Scheme
 from bitquest.ops.backend import Backend, backend_for
 from bitquest.ops.linear_spec import LinearSpec
@@ -24,7 +26,6 @@ from bitquest.ops.rows import PackedWeight
 Calls = Sequence[Callable[[], Tensor]]
 
 TORCH = ("torch float32", "torch bf16")
-_NO_TORCHAO = "not measured: torchao is not installed"
 
 
 def measure_layer(case: Case, sizes: Sizes, repetitions: int) -> dict[str, Any]:
@@ -37,9 +38,12 @@ def measure_layer(case: Case, sizes: Sizes, repetitions: int) -> dict[str, Any]:
         candidates, layer, x = _candidates(case.scheme, tokens, width)
         ours = {name: calls[0] for name, calls in candidates.items() if name in ("engine", "layer")}
         checks = check_layer(layer, x, ours)
+        other, torchao = torchao_layer(case.scheme, x, width)
         rows = []
         for memory in (WARM, PAST_CACHE):
             samplers = {n: sampler(calls[:1] if memory == WARM else calls, memory) for n, calls in candidates.items()}
+            if other is not None and memory == WARM:
+                samplers[TORCHAO] = sampler([other], memory)
             row: dict[str, Any] = {"memory": memory, "seconds": times(take_turns(samplers, repetitions))}
             measured = row["seconds"]
             row["copies"] = {name: 1 if memory == WARM else len(calls) for name, calls in candidates.items()}
@@ -48,7 +52,7 @@ def measure_layer(case: Case, sizes: Sizes, repetitions: int) -> dict[str, Any]:
     assert layer.packed is not None
     shape = {"tokens": tokens, "in_features": width, "out_features": width, "weight_bytes": layer.packed.numel()}
     backend = backend_for(Backend.AUTO, _spec(layer), "cpu").value
-    return {**shape, "backend": backend, "torchao": _NO_TORCHAO, "checks": checks, "rows": rows}
+    return {**shape, "backend": backend, "torchao": torchao, "checks": checks, "rows": rows}
 
 
 def _spec(layer: PackedLinear) -> LinearSpec:

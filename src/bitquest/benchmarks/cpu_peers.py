@@ -1,14 +1,16 @@
 """llama.cpp beside us, in the same run: models of the same shape in its own types, timed in a process of its own.
 
 It needs llama-cpp-python in some Python, this one or another (an environment of its own keeps compilers and packages
-apart). Files of random weights are written into a temporary folder and removed at the end.
+apart). Files of random weights are written into a temporary folder and removed once they are loaded.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +21,15 @@ from bitquest.errors import ConfigError
 from bitquest.models import LlamaConfig
 
 INSTALL = "pip install 'bitquest[bench]'; it compiles llama.cpp, which takes minutes"
+
+
+def has_llama_cpp(python: str) -> bool:
+    """Whether a Python ("": this one) has llama-cpp-python. Raises ConfigError for one that does not start."""
+    looks = "import importlib.util as u, sys; sys.exit(u.find_spec('llama_cpp') is None)"
+    try:
+        return subprocess.run([python or sys.executable, "-c", looks], capture_output=True).returncode == 0
+    except OSError as error:
+        raise ConfigError(f"--peers {python}: {error.strerror}; name the Python of llama-cpp-python") from None
 
 
 class PeerRunner:
@@ -37,7 +48,7 @@ class PeerRunner:
 class Peers:
     """The worker and its models, from `with` to its end. `reason` says why there are none; `info` which llama.cpp.
 
-    tables: the type of token table and head; F16 has its own. Raises ConfigError for a Python that does not start.
+    tables: the type of token table and head; F16 has its own. Raises ConfigError as `has_llama_cpp`.
     """
 
     def __init__(self, config: LlamaConfig, python: str = "", types: Sequence[str] = PEER_TYPES, tables: str = "Q8_0"):
@@ -47,7 +58,7 @@ class Peers:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> Self:
-        if not self._has_package():
+        if not has_llama_cpp(self.python):
             self.reason = f"not measured: {self.python} has no llama-cpp-python ({INSTALL})"
             return self
         try:
@@ -59,13 +70,6 @@ class Peers:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._end()
-
-    def _has_package(self) -> bool:
-        looks = "import importlib.util as u, sys; sys.exit(u.find_spec('llama_cpp') is None)"
-        try:
-            return subprocess.run([self.python, "-c", looks], capture_output=True).returncode == 0
-        except OSError as error:
-            raise ConfigError(f"--peers {self.python}: {error.strerror}; name the Python of llama-cpp-python") from None
 
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="bitquest-bench-")
@@ -84,6 +88,8 @@ class Peers:
             size = (Path(self._folder.name) / f"{name}.gguf").stat().st_size
             self.runners[f"llama.cpp {name}"] = PeerRunner(self, name)
             self.info.setdefault("bytes", {})[name] = size
+        if os.name == "posix":  # the files stay readable where they are mapped, and go away whatever ends us
+            self._folder.cleanup()
 
     def set_threads(self, number: int) -> None:
         """Threads of every model from now on."""
@@ -116,7 +122,8 @@ class Peers:
         if self._process is not None:
             for stream in (self._process.stdin, self._process.stdout):
                 if stream is not None:
-                    stream.close()
+                    with suppress(BrokenPipeError):  # what it was asked before it ended
+                        stream.close()
             self._process.kill()
             self._process.wait()
         if self._folder is not None:

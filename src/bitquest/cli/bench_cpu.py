@@ -56,7 +56,15 @@ def cpu(
         raise ConfigError("--whole goes with --equal-loss")
     names = tuple(name.strip() for name in cases.split(",") if name.strip())
     plan = Plan(names, counts, repetitions, quick, peers, ceilings=plot is not None)
-    plan.cases()
+    if not any(case.kind == "layer" for case in plan.cases()) and plot is not None:
+        raise ConfigError("--plot draws layers; take --cases layers, or leave --cases out")
+    if peers:  # a mistake is told now, not after an hour
+        from bitquest.benchmarks.cpu_peers import has_llama_cpp
+
+        if not has_llama_cpp(peers):
+            raise ConfigError(
+                f"--peers {peers}: this Python has no llama-cpp-python; install it, or leave --peers out"
+            )
     command += f" --cases {','.join(names)}" if names else ""
     command += (f" --peers {peers}" if peers else "") + (f" --plot {plot}" if plot is not None else "")
 
