@@ -1,6 +1,6 @@
 // The products of AVX2 alone. vpmaddubsw adds the products of two pairs of bytes in 16 bits and saturates: with v below
-// 16 and |a| <= 128 it gives at most 3840, so that eight of them, a block, still fit; 8-bit weights are multiplied as 16-bit
-// integers by vpmaddwd instead, which is always exact.
+// 16 and |a| <= 128 it gives at most 3840, so that eight of them, a block, still fit; 8-bit weights are multiplied as
+// 16-bit integers by vpmaddwd instead, which is always exact.
 #include "vectors.h"
 
 #define BQ_SPACE avx2
@@ -8,7 +8,7 @@
 namespace bq::avx2 {
 namespace {
 
-constexpr bool kSplits = true;  // 1-bit weights times 8 bits are looked up, which is fewer operations than byte products
+constexpr bool kSplits = true;  // 1-bit weights times 8 bits are looked up: fewer operations than byte products
 
 template <int Bits>
 struct Dots {  // 1, 2 and 4 bits

@@ -70,7 +70,7 @@ struct Reorder {
         const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(order));
         const __m256i last = _mm256_cmpgt_epi8(index, _mm256_set1_epi8(15));
         low = _mm256_or_si256(index, last);  // an index of 128 and more gives zero
-        high = _mm256_or_si256(_mm256_sub_epi8(index, _mm256_set1_epi8(16)), _mm256_andnot_si256(last, _mm256_set1_epi8(-1)));
+        high = _mm256_sub_epi8(index, _mm256_set1_epi8(16));  // those of the first 16 become negative
     }
 
     void block(const int8_t *from, int32_t *words) const {

@@ -6,7 +6,7 @@
 namespace bq::avxvnni {
 namespace {
 
-constexpr bool kSplits = true;  // 1-bit weights times 8 bits are looked up, which is fewer operations than byte products
+constexpr bool kSplits = true;  // 1-bit weights times 8 bits are looked up: fewer operations than byte products
 
 template <int Bits>
 struct Dots {

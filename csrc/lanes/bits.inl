@@ -20,9 +20,11 @@ BitsKernel bits_kernel_of_height(int64_t height, bool two) {
 
 template <int XBits>
 BitsKernel bits_kernel(int64_t height, bool two) {
-    const BitsKernel all[] = {bits_kernel_of_height<XBits, 1>(height, two), bits_kernel_of_height<XBits, 2>(height, two),
-                              bits_kernel_of_height<XBits, 3>(height, two), bits_kernel_of_height<XBits, 4>(height, two),
-                              bits_kernel_of_height<XBits, 6>(height, two), bits_kernel_of_height<XBits, 8>(height, two)};
+    const BitsKernel all[] = {
+        bits_kernel_of_height<XBits, 1>(height, two), bits_kernel_of_height<XBits, 2>(height, two),
+        bits_kernel_of_height<XBits, 3>(height, two), bits_kernel_of_height<XBits, 4>(height, two),
+        bits_kernel_of_height<XBits, 6>(height, two), bits_kernel_of_height<XBits, 8>(height, two),
+    };
     for (const BitsKernel found : all) {
         if (found != nullptr) return found;
     }
@@ -34,7 +36,9 @@ BitsKernel split_kernel(bool two) {
     return two ? sum_split_tables<T, 2> : sum_split_tables<T, 1>;
 }
 
-BitsKernel split_kernel_of_height(int64_t height, bool two) { return height == 1 ? split_kernel<1>(two) : split_kernel<2>(two); }
+BitsKernel split_kernel_of_height(int64_t height, bool two) {
+    return height == 1 ? split_kernel<1>(two) : split_kernel<2>(two);
+}
 
 // What depends on the activation's width.
 struct BitsTraits {
@@ -106,9 +110,9 @@ int32_t run_bits(const Plan &plan, const Tiling &tiling, const uint8_t *x, int32
                         for (int64_t j = 0; j < groups; ++j) {
                             const uint8_t *at = plan.words + first * tile_bytes + (g + j) * plan.blocks * block_bytes;
                             const uint8_t *from[2] = {at, at + (l.bits == 2 ? kBytes : tile_bytes)};
-                            const uint8_t *tables = x + (i * tiling.full * plan.groups + (g + j) * height) * group_bytes;
+                            const int64_t row = i * tiling.full * plan.groups + (g + j) * height;
                             int32_t *to = d + j * height * tiles * kBytes;
-                            kernel(from, block_bytes, tables, plan.blocks, l.bits == 2 ? planes : to);
+                            kernel(from, block_bytes, x + row * group_bytes, plan.blocks, l.bits == 2 ? planes : to);
                             if (l.bits == 2) join_planes(planes, height, to);
                         }
                         finish(plan, d, totals, {i * tiling.full, tiling.count(i), height, first * kVectors,

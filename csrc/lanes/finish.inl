@@ -96,7 +96,8 @@ void finish_floats(const Plan &plan, const int32_t *d, float *totals, const Wind
                 F32 value = to_floats(corrected<HasV>(plan, from, row, g, v));
                 if (Digits == 3) {  // and 256 times the second row, and 65536 times the third
                     const F32 third = to_floats(corrected<HasV>(plan, from + 2 * next_row, row + 2, g, v));
-                    value += (third * 256.0f + to_floats(corrected<HasV>(plan, from + next_row, row + 1, g, v))) * 256.0f;
+                    const F32 second = to_floats(corrected<HasV>(plan, from + next_row, row + 1, g, v));
+                    value += (third * 256.0f + second) * 256.0f;
                 }
                 value *= plan.x_scale[token * plan.x_groups + position.x[j]];
                 total += value * load<F32>(at.steps + position.w[j]);

@@ -67,7 +67,8 @@ void pack_bytes(const Plan &plan, const int8_t *factors, const Tiling &tiling, i
 }
 
 // Units of memory (Tables): [tile][group][portion][row].
-void pack_bits(const Plan &plan, const int8_t *factors, int32_t x_bits, const Tiling &tiling, uint8_t *units, int threads) {
+void pack_bits(const Plan &plan, const int8_t *factors, int32_t x_bits, const Tiling &tiling, uint8_t *units,
+               int threads) {
     const BitsTraits is = bits_traits(x_bits);
     const int64_t portions = plan.blocks * kElements / is.portion;  // of a group
     const auto filler = static_cast<int8_t>(x_bits == 8 ? 127 : (1 << x_bits) - 1);  // the largest
@@ -98,7 +99,8 @@ void expand_bits(const uint8_t *packed, int64_t rows, int64_t width, int8_t *fac
         for (int64_t k = 0; k < width; k += 8) {
             const uint64_t spread = packed[r * bytes + k / 8] * 0x0101010101010101u & 0x8040201008040201u;
             // A byte that is not zero has its bit 7 set here, and becomes 1; the others -1.
-            const uint64_t ones = (((spread & 0x7f7f7f7f7f7f7f7fu) + 0x7f7f7f7f7f7f7f7fu) | spread) >> 7 & 0x0101010101010101u;
+            const uint64_t carried = (spread & 0x7f7f7f7f7f7f7f7fu) + 0x7f7f7f7f7f7f7f7fu;
+            const uint64_t ones = (carried | spread) >> 7 & 0x0101010101010101u;
             const uint64_t made = 0xffffffffffffffffu ^ ones * 0xfe;
             std::memcpy(factors + r * width + k, &made, static_cast<size_t>(at_most(width - k, 8)));
         }
@@ -108,7 +110,7 @@ void expand_bits(const uint8_t *packed, int64_t rows, int64_t width, int8_t *fac
 // Float rows as three int8 digits each: x = step * (d0 + 256 d1 + 65536 d2), |rounding| <= step / 2,
 // step = max|x| / 8355000; NaN where a value is not finite.
 void split_floats(const bq_activation &x, int64_t width, int8_t *digits, float *steps, int threads) {
-    constexpr float kLargest = 8355000.0f;  // below 127 * 65536 + 127 * 256 + 127, so that every digit fits, rounded too
+    constexpr float kLargest = 8355000.0f;  // below 127 * 65536 + 127 * 256 + 127: every digit fits, rounded too
     auto share = [&](int64_t begin, int64_t end, int) {
         for (int64_t t = begin; t < end; ++t) {
             const float *row = x.values + t * x.values_stride;

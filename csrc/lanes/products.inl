@@ -74,7 +74,7 @@ Correction level_correction(const Plan &plan, int32_t x_bits) {
     if (l.planes != 0) {
         const int32_t w_largest = (1 << l.bits) - 1;
         const int32_t x_largest = (1 << x_bits) - 1;
-        if (x_bits == 8 && plan.form_x.offset == 0) {  // not of the levels 2a + 1, but of a: half of that, less the sum of w
+        if (x_bits == 8 && plan.form_x.offset == 0) {  // not of the levels 2a + 1, but of a
             return {0, 0, -1, static_cast<int32_t>(-(x_largest - 1) / 2 * w_largest * plan.size)};
         }
         return {1, 0, 0, static_cast<int32_t>(-x_largest * w_largest * plan.size)};
@@ -100,7 +100,8 @@ int32_t run(const bq_weight &w, const bq_activation &x, Plan *plan, int threads)
     const bool floats = plan->digits == 3;
     const bool expand = !floats && x.factors == nullptr;
     const bool own_sums = plan->correct.v_factor != 0 && (bits || plan->groups > l.groups);
-    const Tiling tiling = bits ? Tiling(plan->rows, bits_traits(w.x_bits).rows) : bytes_tiling(plan->rows, l.bits, plan->digits);
+    const Tiling tiling = bits ? Tiling(plan->rows, bits_traits(w.x_bits).rows)
+                               : bytes_tiling(plan->rows, l.bits, plan->digits);
     const int64_t unit = bits ? bits_traits(w.x_bits).unit * kElements / bits_traits(w.x_bits).portion
                               : 4 * bytes_traits(l.bits).steps;  // bytes of a block of a row
     const int64_t scales = x.rows * plan->x_groups;

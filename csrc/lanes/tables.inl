@@ -44,8 +44,8 @@ struct SharedTables {
     }
 };
 
-// How a row's activations lie in memory: `kUnit` bytes for every `kPortion` elements, from their factors (`put`). 1 and 2
-// bits: where in the shared tables theirs begins; 3 and 4 bits: the table itself.
+// How a row's activations lie in memory: `kUnit` bytes for every `kPortion` elements, from their factors (`put`).
+// 1 and 2 bits: where in the shared tables theirs begins; 3 and 4 bits: the table itself.
 template <int XBits>
 struct Tables {
     static constexpr int kPortion = 4;
@@ -88,7 +88,7 @@ struct Tables {
     static void put(uint8_t *to, const int8_t *a) {
         constexpr uint32_t largest = (1 << XBits) - 1;
         if constexpr (XBits <= 2) {
-            // u = (a + largest) / 2 in every byte, then the four side by side, by a product that has them in its top byte.
+            // u = (a + largest) / 2 in every byte, then the four side by side: in the top byte of a product.
             uint32_t factors;
             std::memcpy(&factors, a, sizeof factors);
             const uint32_t twice = ((factors & 0x7f7f7f7fu) + largest * 0x01010101u) ^ (factors & 0x80808080u);
@@ -113,8 +113,8 @@ struct Tables {
 };
 
 #if defined(__aarch64__)
-// A machine that counts the bits of bytes: for one bit, the entry of 8 elements is how many bits of the weight are those
-// of the activation. In memory are the opposite bits, once for each channel.
+// A machine that counts the bits of bytes: for one bit, the entry of 8 elements is how many bits of the weight are
+// those of the activation. In memory are the opposite bits, once for each channel.
 template <>
 struct Tables<1> {
     static constexpr int kPortion = 8;

@@ -11,7 +11,7 @@ struct TwoSums {  // of channels 0 and 1, and 2 and 3: two lanes each
     int32x4_t first, second;
 };
 
-constexpr bool kSplits = true;  // 1-bit weights times 8 bits are looked up, which is fewer operations than byte products
+constexpr bool kSplits = true;  // 1-bit weights times 8 bits are looked up: fewer operations than byte products
 
 template <int Bits>
 struct Dots {  // 1, 2 and 4 bits
