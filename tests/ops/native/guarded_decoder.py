@@ -66,7 +66,7 @@ def main() -> None:
         module.torch = guarded._Torch()  # type: ignore[attr-defined]
     torch.set_num_threads(2)
     for guarded.at_end in (True, False):
-        for channels, width in ((1, 1), (3, 7), (9, 33), (18, 47)):
+        for channels, width in ((1, 1), (3, 7), (9, 33), (18, 47), (3, 63)):
             for dtype in (torch.float32, torch.bfloat16):
                 print("dense", guarded.at_end, channels, width, dtype, flush=True)
                 w = empty(channels, width, dtype=dtype).copy_(torch.randn(channels, width))

@@ -22,7 +22,7 @@ ISAS = native.isas() if native.availability()[0] else ("portable",)  # "portable
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("channels", "width"), [(1, 1), (3, 7), (5, 16), (9, 33), (66, 47), (130, 640)])
+@pytest.mark.parametrize(("channels", "width"), [(1, 1), (3, 7), (5, 16), (9, 33), (18, 47), (66, 63), (130, 640)])
 def test_a_matrix_times_a_vector(isa: str, channels: int, width: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(channels)
     w, x = torch.randn(channels, width, generator=generator).to(dtype), torch.randn(width, generator=generator)
