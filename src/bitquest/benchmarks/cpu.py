@@ -15,6 +15,7 @@ from bitquest.benchmarks.cpu_table import QUICK, ROW_SECONDS, ROW_TOKENS, Case, 
 from bitquest.benchmarks.cpu_timing import WARM, thread_counts, torch_threads
 from bitquest.benchmarks.cpu_training import measure_memory, measure_step
 from bitquest.benchmarks.train_step import StepShape
+from bitquest.ops.backend import Backend, backend_report
 
 Say = Callable[[str], None]
 
@@ -105,6 +106,7 @@ class Bench:
             "sizes": vars(self.plan.sizes),
             "repetitions": self.plan.repetitions,
             "threads": thread_counts(self.plan.threads),
+            "native_engine": next(report.reason for report in backend_report() if report.name == Backend.NATIVE),
             "ceilings": self.ceilings,
             "models": self.models,
             "cases": self.results,

@@ -25,6 +25,7 @@ from bitquest.ops.rows import PackedWeight
 
 Calls = Sequence[Callable[[], Tensor]]
 
+SETTLE = 3e-3  # seconds of rest before a sample: the threads of the candidate before still spin for a while
 TORCH = ("torch float32", "torch bf16")
 
 
@@ -44,7 +45,7 @@ def measure_layer(case: Case, sizes: Sizes, repetitions: int) -> dict[str, Any]:
             samplers = {n: sampler(calls[:1] if memory == WARM else calls, memory) for n, calls in candidates.items()}
             if other is not None and memory == WARM:
                 samplers[TORCHAO] = sampler([other], memory)
-            row: dict[str, Any] = {"memory": memory, "seconds": times(take_turns(samplers, repetitions))}
+            row: dict[str, Any] = {"memory": memory, "seconds": times(take_turns(samplers, repetitions, settle=SETTLE))}
             measured = row["seconds"]
             row["copies"] = {name: 1 if memory == WARM else len(calls) for name, calls in candidates.items()}
             row["speedup"] = {name: speedup(measured[name], [measured[t] for t in TORCH]) for name in ours}
@@ -141,7 +142,8 @@ def measure_row(case: Case, sizes: Sizes, repetitions: int, rows: int) -> dict[s
 
         calls["rows in one call"] = lambda: native.quantize_rows(x, quantizer, block, want)
         calls["one row, library call"] = lambda: native.quantize_rows(x[:1], quantizer, block, want)
-    measured = times(take_turns({name: sampler([call], WARM) for name, call in calls.items()}, repetitions))
+    samplers = {name: sampler([call], WARM) for name, call in calls.items()}
+    measured = times(take_turns(samplers, repetitions, settle=SETTLE))
     many = measured.pop("rows in one call")
     measured["a row"] = {
         "median_seconds": many["median_seconds"] / rows,

@@ -30,6 +30,7 @@ QUICK_NOTE = "A dry run on tiny data: the figures mean nothing."
 def lines(result: Mapping[str, Any]) -> list[str]:
     """The whole report."""
     found = [QUICK_NOTE] if result.get("quick") else []
+    found.append(f"Native engine: {result.get('native_engine')}.")
     cases = result.get("cases", {})
     layers = [cells for name, case in cases.items() if case["kind"] == "layer" for cells in _layer_cells(name, case)]
     if layers:
