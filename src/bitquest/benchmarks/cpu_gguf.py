@@ -20,13 +20,13 @@ _TILE_BYTES = 2**22  # random bytes that are repeated; more would only take long
 
 @dataclass(frozen=True)
 class BlockType:
-    """A ggml type: its number, elements and bytes of a block, and where a block has its float16 scale."""
+    """A ggml type: its number, elements and bytes of a block, and where a block has its float16 scales."""
 
     name: str
     number: int
     elements: int
     size: int
-    scale_at: int | None  # None: plain floats
+    scales_at: tuple[int, ...]  # empty: plain floats
 
     def size_of(self, elements: int) -> int:
         return elements // self.elements * self.size
@@ -35,19 +35,19 @@ class BlockType:
 TYPES: dict[str, BlockType] = {
     block.name: block
     for block in (
-        BlockType("F32", 0, 1, 4, None),
-        BlockType("F16", 1, 1, 2, None),
-        BlockType("Q8_0", 8, 32, 34, 0),
-        BlockType("Q4_0", 2, 32, 18, 0),
-        BlockType("Q2_0", 42, 64, 18, 0),
-        BlockType("TQ2_0", 35, 256, 66, 64),
-        BlockType("TQ1_0", 34, 256, 54, 52),
-        BlockType("Q1_0", 41, 128, 18, 0),
+        BlockType("F32", 0, 1, 4, ()),
+        BlockType("F16", 1, 1, 2, ()),
+        BlockType("Q8_0", 8, 32, 34, (0,)),
+        BlockType("Q4_0", 2, 32, 18, (0,)),
+        BlockType("Q2_K", 10, 256, 84, (80, 82)),
+        BlockType("TQ2_0", 35, 256, 66, (64,)),
+        BlockType("TQ1_0", 34, 256, 54, (52,)),
+        BlockType("Q1_0", 41, 128, 18, (0,)),
     )
 }
 
 # The types of a model's linear layers that llama.cpp is timed in.
-PEER_TYPES = ("F16", "Q8_0", "Q4_0", "Q2_0", "TQ2_0", "TQ1_0", "Q1_0")
+PEER_TYPES = ("F16", "Q8_0", "Q4_0", "Q2_K", "TQ2_0", "TQ1_0", "Q1_0")
 
 
 def write_gguf(path: Path, config: LlamaConfig, layers: str, tables: str, seed: int = 0) -> None:
@@ -125,13 +125,15 @@ def _tensors(config: LlamaConfig, layers: str, tables: str) -> Iterator[tuple[st
 
 def _tile(block: BlockType, rng: np.random.Generator) -> bytes:
     """A few million bytes of random blocks whose scales are those of weights of σ about 0.02."""
-    if block.scale_at is None:
+    if not block.scales_at:
         values = rng.standard_normal(_TILE_BYTES // block.size, dtype=np.float32) * 0.02
         return values.astype(np.float16 if block.size == 2 else np.float32).tobytes()
     blocks = rng.integers(0, 256, (_TILE_BYTES // block.size, block.size), dtype=np.uint8)
-    largest = {"Q8_0": 74.0, "Q4_0": 4.6}.get(block.name, 1.0)  # σ of the integers of random codes
-    scales = (rng.uniform(0.5, 1.5, len(blocks)) * 0.02 / largest).astype(np.float16)
-    blocks[:, block.scale_at : block.scale_at + 2] = scales.view(np.uint8).reshape(-1, 2)
+    # σ of the integers of random codes, roughly.
+    largest = {"Q8_0": 74.0, "Q4_0": 4.6, "Q2_K": 12.0}.get(block.name, 1.0)
+    for at in block.scales_at:
+        scales = (rng.uniform(0.5, 1.5, len(blocks)) * 0.02 / largest).astype(np.float16)
+        blocks[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
     return blocks.tobytes()
 
 
