@@ -233,8 +233,9 @@ def test_bytes_of_models():
 
 
 def test_float_models_share_blocks_only_if_asked():
-    shared = float_llama(CONFIG, torch.bfloat16, distinct_blocks=1).model.layers
-    own = float_llama(CONFIG, torch.bfloat16).model.layers
+    lean, whole = float_llama(CONFIG, torch.bfloat16, distinct_blocks=1), float_llama(CONFIG, torch.bfloat16)
+    assert model_bytes(lean) == model_bytes(whole)  # of the model that it stands for
+    shared, own = lean.model.layers, whole.model.layers
     assert shared[0].mlp.up_proj.weight is shared[1].mlp.up_proj.weight
     assert own[0].mlp.up_proj.weight.data_ptr() != own[1].mlp.up_proj.weight.data_ptr()
     weight = random_weight((1500, 1000), torch.bfloat16, torch.Generator().manual_seed(0))

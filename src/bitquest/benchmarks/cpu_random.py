@@ -138,6 +138,6 @@ def model_bytes(model: Llama) -> dict[str, int]:
 
 def _stored(module: nn.Module) -> int:
     size = 0
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+    for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]:
         size += -(-tensor.numel() // 8) if name.endswith("kept") else tensor.numel() * tensor.element_size()
     return size

@@ -164,6 +164,8 @@ def equal_loss_lines(result: Mapping[str, Any]) -> list[str]:
 def _time(seconds: float | None) -> str:
     if seconds is None:
         return ""
+    if seconds >= 1:
+        return f"{seconds:.3g} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
 
 
