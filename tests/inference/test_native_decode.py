@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bitquest.errors import ConfigError, DataError
-from bitquest.inference import KVCache, SamplingOptions, engine, generate
+from bitquest.inference import KVCache, SamplingOptions, generate
+from bitquest.inference.engine import generate_by_layers
 from bitquest.inference.native_decode import NativeDecoder
 from bitquest.models import Llama, LlamaConfig
 from bitquest.models.fuse import fuse_
@@ -141,8 +142,8 @@ def test_generating_decodes_natively_and_writes_the_same(scheme: str, monkeypatc
     monkeypatch.setattr(NativeDecoder, "step", lambda self, token: steps.append(token) or step(self, token))
     native = list(generate(model, [1, 2, 3], 15, options))
     assert steps == native[:-1]
-    monkeypatch.setattr(engine, "_decoder", lambda model, cache: None)
-    assert list(generate(model, [1, 2, 3], 15, options)) == native
+    assert list(generate_by_layers(model, [1, 2, 3], 15, options)) == native
+    assert len(steps) == 14  # not by the decoder
 
 
 def test_a_step_allocates_nothing() -> None:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from bitquest.evaluation.verify_lockstep import Lockstep, Root
 from bitquest.evaluation.verify_report import Check
-from bitquest.inference import KVCache, SamplingOptions, generate
+from bitquest.inference import KVCache, SamplingOptions
+from bitquest.inference.engine import generate_by_layers
 from bitquest.models import Llama
 
 _GREEDY = SamplingOptions(temperature=0)
@@ -63,14 +64,14 @@ def check_greedy(
     new_tokens: int,
     report: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Check:
-    """Greedy tokens of both models for each prompt, through the key-value cache as `bitquest generate` makes them."""
+    """Greedy tokens of both models for each prompt, through the key-value cache, in calls that `explain` can replay."""
     failures: list[str] = []
     explained: list[str] = []
     compared = 0
     for number, prompt in enumerate(prompts):
         report("writing greedy texts", number, len(prompts))
-        ours = list(generate(trained, prompt, new_tokens, _GREEDY))
-        theirs = list(generate(packed, prompt, new_tokens, _GREEDY))
+        ours = list(generate_by_layers(trained, prompt, new_tokens, _GREEDY))
+        theirs = list(generate_by_layers(packed, prompt, new_tokens, _GREEDY))
         parted = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
         compared += len(ours) if parted is None else parted + 1
         if parted is not None:

@@ -48,7 +48,29 @@ def generate(
 
     Raises DataError for an empty prompt, for ids the vocabulary has not, and for a prompt longer than the context.
     """
-    options, speed = options or SamplingOptions(), speed or Speed()
+    return _generate(model, prompt_ids, max_new_tokens, options, eos_id, speed or Speed(), native=True)
+
+
+def generate_by_layers(
+    model: Llama, prompt_ids: list[int], max_new_tokens: int, options: SamplingOptions | None = None
+) -> Iterator[int]:
+    """As `generate`, but on a CPU every token goes through the layers one by one: the calls that verification replays.
+
+    Native decoding adds attention up in another order, so that a code may flip there which does not here.
+    """
+    return _generate(model, prompt_ids, max_new_tokens, options, None, Speed(), native=False)
+
+
+def _generate(
+    model: Llama,
+    prompt_ids: list[int],
+    max_new_tokens: int,
+    options: SamplingOptions | None,
+    eos_id: int | None,
+    speed: Speed,
+    native: bool,
+) -> Iterator[int]:
+    options = options or SamplingOptions()
     context, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
     if not prompt_ids:
         raise DataError("the prompt has no tokens; begin with the end-of-document token to start from nothing")
@@ -60,7 +82,7 @@ def generate(
     generator = torch.Generator().manual_seed(options.seed)
     budget = min(max_new_tokens, context - len(prompt_ids) + 1)  # the last token needs no position: nothing follows it
     cache = KVCache(model.config, positions=len(prompt_ids) + budget - 1, device=device)
-    decoder = _decoder(model, cache) if budget > 1 else None
+    decoder = _decoder(model, cache, native) if budget > 1 else None
     token, fresh, started = -1, torch.tensor([prompt_ids], device=device), time.perf_counter()
     for number in range(budget):
         if number == 0 or decoder is None:
@@ -84,11 +106,11 @@ def generate(
     speed.stopped = "the number of tokens asked for" if budget == max_new_tokens else f"the context of {context} tokens"
 
 
-def _decoder(model: Llama, cache: KVCache) -> StaticDecoder | NativeDecoder | None:
+def _decoder(model: Llama, cache: KVCache, native: bool) -> StaticDecoder | NativeDecoder | None:
     """What decodes faster than the model's own forward, if anything does."""
     if cache.keys.is_cuda:
         return StaticDecoder(model, cache)
-    return NativeDecoder(model, cache) if NativeDecoder.refuses(model, cache) is None else None
+    return NativeDecoder(model, cache) if native and NativeDecoder.refuses(model, cache) is None else None
 
 
 class TextEngine:
