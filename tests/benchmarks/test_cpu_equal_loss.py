@@ -59,26 +59,35 @@ def test_bytes_of_a_model_whose_blocks_were_not_all_made():
 
 
 def test_blocks_are_scaled_and_the_head_is_not():
-    row = {"blocks_measured": 2, "layers": 10}
+    def seconds(median, minimum):
+        return {"median_seconds": median, "minimum_seconds": minimum, "repetitions": 3}
+
     taken = {
-        "w2a2": {"median_seconds": 5.0, "minimum_seconds": 4.0, "repetitions": 3},
-        "w2a2 head": {"median_seconds": 1.0, "minimum_seconds": 1.0, "repetitions": 3},
-        "w2a8": {"median_seconds": 0.1, "minimum_seconds": 0.1, "repetitions": 3},
-        "w2a8 head": {"median_seconds": 0.1, "minimum_seconds": 0.1, "repetitions": 3},
+        "w2a2": seconds(7.0, 5.0),
+        "w2a2, one block": seconds(3.0, 3.0),
+        "w2a8": seconds(0.1, 0.1),
+        "w2a8, one block": seconds(0.2, 0.2),
     }
+    row = {"blocks_measured": 3, "layers": 10}  # a block takes 2 seconds (1 at least), head and table 1 (2)
     (made,) = cpu_equal_loss._scaled("w2a2", row, taken, tokens=42)
-    assert (made["median_seconds"], made["minimum_seconds"], made["head_seconds"]) == (21.0, 16.0, 1.0)
+    assert (made["median_seconds"], made["minimum_seconds"], made["one_block_seconds"]) == (21.0, 12.0, 3.0)
     assert made["tokens_per_second"] == 2.0
+    (noise,) = cpu_equal_loss._scaled("w2a8", row, taken, tokens=1)
+    assert noise["median_seconds"] == 0.1
+    (all_of_it,) = cpu_equal_loss._scaled("w2a2", {"blocks_measured": 3, "layers": 3}, taken, tokens=1)
+    assert all_of_it["median_seconds"] == 7.0
+    (single,) = cpu_equal_loss._scaled("w2a2", {"blocks_measured": 1, "layers": 1}, taken, tokens=1)
+    assert single["median_seconds"] == 7.0
 
 
-def test_a_model_without_blocks_is_its_head():
+def test_the_first_blocks_of_a_model():
     config = LlamaConfig.preset("1M", vocab_size=64, max_position_embeddings=16)
     model = packed_llama(config, Scheme.parse("w1a1-h8"))
-    bare = cpu_equal_loss._without_blocks(model)
-    ids = torch.tensor([[3, 4]])
-    decoder = model.model
+    ids, decoder = torch.tensor([[3, 4]]), model.model
     with torch.no_grad():
+        bare = cpu_equal_loss._first_blocks(model, 0)
         assert torch.equal(bare(ids), model.lm_head(decoder.norm(decoder.embed_tokens(ids))))
+        assert torch.equal(cpu_equal_loss._first_blocks(model, 4)(ids), model(ids))
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ BF16 = "bf16"
 FORMATS = (BF16, "w8a8", "w4a4", "w4a8", "w2a8", "w2a2", "w1a8", "w1a1")
 TABLES = "h8"  # token table and head of every quantized format: 8 bits, weight-only
 TOKENS_PER_PARAMETER = 100.0
+_ONE = ", one block"
 _HEAD_SIZE = 128  # as in the presets, whose widths are also about 128 times their depths
 _PROPORTIONS = 0.2  # proportions may be off by five times as much as sizes
 _PREFILL_SECONDS = 20.0
@@ -102,7 +103,9 @@ def measure_equal_loss(
             f"Token table and head, which the law leaves out: bf16 in bf16, {TABLES[1:]}-bit weight-only elsewhere.",
             "The law knows no 8-bit activations beside fewer-bit weights: they are taken as unquantized ones.",
             "bf16 is the better one of torch's bfloat16 and float32, with the bytes of bfloat16.",
-            "Every block was measured." if whole else "A few blocks and the head were measured; blocks are scaled up.",
+            "Every block was measured."
+            if whole
+            else "Where a model has more blocks than were measured, they are scaled up.",
         ],
     }
 
@@ -135,7 +138,7 @@ def _planned(name: str, loss: float, sizes: Sizes) -> dict[str, Any]:
 
 
 def _runners(name: str, row: dict[str, Any], whole: bool) -> dict[str, Runner]:
-    """Models of a few blocks, and of none, by label; fills in the row's bytes and how many blocks were made."""
+    """Models of a few blocks, and of the first of them, by label; fills in bytes and how many blocks were made."""
     config: LlamaConfig = row["config"]
     one = config.non_embedding_parameters // config.num_hidden_layers
     bits = 16 if name == BF16 else int(name[1])
@@ -148,46 +151,49 @@ def _runners(name: str, row: dict[str, Any], whole: bool) -> dict[str, Runner]:
             if dtype == torch.bfloat16:
                 row |= _all_bytes(model, config)
             label = f"{name} {str(dtype).removeprefix('torch.')}"
-            found[f"{label} head"] = PlainTorch(_without_blocks(model))
+            found[f"{label}{_ONE}"] = PlainTorch(_first_blocks(model, 1))
             found[label] = PlainTorch(model)
     else:
         model = packed_llama(few, Scheme.parse(f"{name}-{TABLES}"))
         row |= _all_bytes(model, config)
-        found[f"{name} head"] = Generating(_without_blocks(model))
         fuse_(model)
+        found[f"{name}{_ONE}"] = Generating(_first_blocks(model, 1))
         found[name] = Generating(model)
     row["blocks_measured"] = blocks
     return found
 
 
-def _without_blocks(model: Llama) -> Llama:
-    """Token table, last norm and head of a model, sharing their memory."""
+def _first_blocks(model: Llama, count: int) -> Llama:
+    """A model of the first blocks of another, sharing its memory."""
     with torch.device("meta"):
-        bare = Llama(replace(model.config, num_hidden_layers=1))
-    bare.model.layers = nn.ModuleList()
-    bare.model.embed_tokens, bare.model.norm = model.model.embed_tokens, model.model.norm
-    bare.model.cos, bare.model.sin, bare.lm_head = model.model.cos, model.model.sin, model.lm_head
-    return bare.eval()
+        made = Llama(replace(model.config, num_hidden_layers=1))
+    made.model.layers = nn.ModuleList(model.model.layers[:count])
+    made.model.embed_tokens, made.model.norm = model.model.embed_tokens, model.model.norm
+    made.model.cos, made.model.sin, made.lm_head = model.model.cos, model.model.sin, model.lm_head
+    return made.eval()
 
 
 def _all_bytes(few: Llama, config: LlamaConfig) -> dict[str, int]:
     """Bytes of the whole model from one with fewer blocks."""
-    some, none = model_bytes(few), model_bytes(_without_blocks(few))
+    some, none = model_bytes(few), model_bytes(_first_blocks(few, 0))
     blocks, made = config.num_hidden_layers, few.config.num_hidden_layers
     return {name: none[name] + (some[name] - none[name]) // made * blocks for name in some}
 
 
 def _scaled(name: str, row: dict[str, Any], measured: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
-    """Seconds of the whole model, for each way that a format was measured in."""
-    found = []
-    for label, some in measured.items():
-        if label.split()[0] != name or label.endswith(" head"):
+    """Seconds of the whole model, for each way that a format was measured in.
+
+    What a block adds is the difference between the models of a few blocks and of one, shared among the blocks between.
+    """
+    found, made_blocks, blocks = [], row["blocks_measured"], row["layers"]
+    for label, few in measured.items():
+        if label.split()[0] != name or label.endswith(_ONE):
             continue
-        made: dict[str, Any] = {"ran_as": label, "repetitions": some["repetitions"]}
+        made: dict[str, Any] = {"ran_as": label, "repetitions": few["repetitions"]}
         for by in ("median_seconds", "minimum_seconds"):
-            head = measured[f"{label} head"][by]
-            made[by] = head + max(some[by] - head, 0.0) / row["blocks_measured"] * row["layers"]
-        made["head_seconds"] = measured[f"{label} head"]["median_seconds"]
+            added = max(few[by] - measured[label + _ONE][by], 0.0) / max(made_blocks - 1, 1)
+            made[by] = few[by] + added * (blocks - made_blocks)
+        made["one_block_seconds"] = measured[label + _ONE]["median_seconds"]
         made["tokens_per_second"] = tokens / made["median_seconds"]
         found.append(made)
     return found
