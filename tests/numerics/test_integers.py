@@ -1,5 +1,9 @@
 """Exact integer arithmetic: the products of METHOD against int64."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -17,6 +21,7 @@ from bitquest.numerics import (
     encode,
     integer_form,
     integer_linear,
+    integers,
     weight_only_linear,
 )
 from bitquest.numerics.integers import integer_product
@@ -120,3 +125,27 @@ def test_one_bit_identities() -> None:
     dot = int(((2 * a - 1) * (2 * w - 1)).sum())
     assert dot == 77 - 2 * int((a ^ w).sum())
     assert dot == 77 - 2 * int(a.sum()) - 2 * int(w.sum()) + 4 * int((a & w).sum())
+
+
+@pytest.mark.parametrize("width", [1, 31, 1024, 1025, 3000])
+def test_a_processor_whose_int8_product_saturates_takes_another(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(width)
+    x = torch.randint(-128, 128, (5, width), generator=generator, dtype=torch.int8)
+    w = torch.randint(-128, 128, (7, width), generator=generator, dtype=torch.int8)
+    x[0], w[0], w[1] = -128, -128, 127
+    monkeypatch.setattr(integers, "_torch_is_exact", lambda: False)
+    monkeypatch.setattr(torch, "_int_mm", None)
+    assert torch.equal(integers.integer_product(x, w), (x.to(torch.int64) @ w.to(torch.int64).t()).to(torch.int32))
+
+
+def test_a_saturating_product_is_found_out() -> None:
+    code = (
+        "import torch; from bitquest.numerics import integers; print(integers._torch_is_exact());"
+        "x, w = (torch.randint(-128, 128, (9, 256), dtype=torch.int8) for _ in range(2));"
+        "assert torch.equal(integers.integer_product(x, w), (x.int() @ w.int().t()))"
+    )
+    for isa in ("AVX2", "AVX512_CORE"):
+        environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr

@@ -7,12 +7,15 @@ Source: METHOD, "Exact integer arithmetic".
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from bitquest.numerics.grids import CodebookGrid, Grid, UniformGrid
 from bitquest.numerics.rotations import without_autocast
+
+_EXACT_PART = 1024  # elements: 1024 · 128² = 2^24
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ def _codebook_form(grid: CodebookGrid) -> IntegerForm | None:
 def integer_product(x_a: Tensor, w_a: Tensor) -> Tensor:
     """Σ_k x_a[t, k]·w_a[n, k] as int32 (T, N), from int8 (T, K) and (N, K). Exact for K < 2^17."""
     if x_a.device.type != "cuda":
+        if x_a.device.type == "cpu" and not _torch_is_exact():
+            return _product_of_floats(x_a, w_a)
         if x_a.shape[1] == 1:  # a column is its own transpose in memory, which the CPU kernel reads wrongly
             x_a, w_a = (torch.nn.functional.pad(a, (0, 1)) for a in (x_a, w_a))
         return torch._int_mm(x_a, w_a.t())
@@ -70,6 +75,26 @@ def integer_product(x_a: Tensor, w_a: Tensor) -> Tensor:
     x_a = torch.nn.functional.pad(x_a, (0, -width % 8, 0, max(32 - tokens, 0)))
     w_a = torch.nn.functional.pad(w_a, (0, -width % 8, 0, -channels % 8))
     return torch._int_mm(x_a, w_a.t())[:tokens, :channels]
+
+
+@cache
+def _torch_is_exact() -> bool:
+    """Whether torch's int8 product is one here: without VNNI, oneDNN saturates sums of pairs at 16 bits."""
+    extremes = torch.tensor([-128, -127, 127], dtype=torch.int8, device="cpu")
+    for one in extremes:
+        for other in extremes:
+            product = torch._int_mm(one.expand(32, 64).contiguous(), other.expand(32, 64).contiguous().t())
+            if bool((product != 64 * int(one) * int(other)).any()):
+                return False
+    return True
+
+
+def _product_of_floats(x_a: Tensor, w_a: Tensor) -> Tensor:
+    """The same from float32 products over parts of K so short that every partial sum is an integer below 2^24."""
+    total = torch.zeros(x_a.shape[0], w_a.shape[0], dtype=torch.int32, device=x_a.device)
+    for x_part, w_part in zip(x_a.split(_EXACT_PART, 1), w_a.split(_EXACT_PART, 1), strict=True):
+        total += float_linear(x_part.to(torch.float32), w_part.to(torch.float32)).to(torch.int32)
+    return total
 
 
 def _dot(x_a: Tensor, w_a: Tensor, x_form: IntegerForm, w_form: IntegerForm) -> Tensor:
