@@ -39,6 +39,22 @@ double float32_products(int64_t rounds) {
 #endif
 }
 
+double bf16_products(int64_t rounds) {
+#if defined(__AVX512BF16__)
+    __m512 a = _mm512_set1_ps(1e-3f), s[CHAINS];
+    EACH s[i] = _mm512_set1_ps((float)i);
+    for (int64_t r = 0; r < rounds; r++) {
+        __asm__ volatile("" : "+v"(a));
+        EACH s[i] = _mm512_dpbf16_ps(s[i], (__m512bh)a, (__m512bh)a);
+    }
+    EACH __asm__ volatile("" ::"v"(s[i]));
+    return (double)rounds * CHAINS * 32;
+#else
+    (void)rounds;
+    return 0;
+#endif
+}
+
 double int8_products(int64_t rounds) {
 #if defined(__AVX512VNNI__)
     __m512i a = _mm512_set1_epi8(1), s[CHAINS];

@@ -26,7 +26,7 @@ _SECONDS = 0.02
 
 
 def measure_ceilings(threads: int, sizes: Sizes) -> dict[str, Any]:
-    """Products a second ("float32", "int8", "1 bit") and bytes a second ("memory", "cache") on so many threads.
+    """Products ("float32", "bf16", "int8", "one_bit") and bytes ("memory", "cache") a second on so many threads.
 
     A kind that the processor or the compiler has not is None. "how" says what was run.
     """
@@ -35,7 +35,7 @@ def measure_ceilings(threads: int, sizes: Sizes) -> dict[str, Any]:
         if library is None:
             return {"threads": threads, "how": "torch: no C compiler was found", **_by_torch(threads, sizes)}
         found: dict[str, Any] = {"threads": threads, "how": "loops of one instruction, compiled for this processor"}
-        for name in ("float32", "int8", "one_bit"):
+        for name in ("float32", "bf16", "int8", "one_bit"):
             loop = getattr(library, f"{name}_products")
             loop.restype, loop.argtypes = ctypes.c_double, [ctypes.c_int64]
             found[name] = _best(lambda _, rounds, loop=loop: loop(rounds), threads)  # type: ignore[misc]
@@ -91,6 +91,7 @@ def _best(work: Callable[[int, int], float], threads: int) -> float | None:
 def _by_torch(threads: int, sizes: Sizes) -> dict[str, float | None]:
     side = sizes.ceiling
     a, b = torch.randn(side, side), torch.ones(side, side, dtype=torch.int8)
+    c = a.to(torch.bfloat16)
     words = torch.ones(max(sizes.stream_bytes, 4 * last_level_cache()) // 4)
     few = words[: last_level_cache() // 16]
 
@@ -101,6 +102,7 @@ def _by_torch(threads: int, sizes: Sizes) -> dict[str, float | None]:
     with torch_threads(threads):
         return {
             "float32": side**3 / best(lambda: a @ a),
+            "bf16": side**3 / best(lambda: c @ c),
             "int8": side**3 / best(lambda: torch._int_mm(b, b)),
             "one_bit": None,
             "memory": 4 * words.numel() / best(words.sum),

@@ -114,6 +114,7 @@ def _ceiling_lines(ceiling: Mapping[str, Any]) -> list[str]:
         (name, "not measured" if ceiling[name] is None else f"{ceiling[name] / 1e9:.4g}", unit)
         for name, unit in (
             ("float32", "10⁹ products/s"),
+            ("bf16", "10⁹ products/s"),
             ("int8", "10⁹ products/s"),
             ("one_bit", "10⁹ products/s"),
             ("memory", "GB/s"),

@@ -22,7 +22,7 @@ _KINDS = {
     "weight-only": ("#cc79a7", "^"),
     "torch, float32 and bf16": (_MUTED, "X"),
 }
-_CEILINGS = {"one_bit": "1 bit, XOR and count", "int8": "int8", "float32": "float32"}
+_CEILINGS = {"one_bit": "1 bit, XOR and count", "int8": "int8", "bf16": "bf16", "float32": "float32"}
 _LABELLED = ("w1a1", "w4a4", "w1a8", "w8a8", "w1a16")
 
 
