@@ -62,9 +62,7 @@ def cpu(
         from bitquest.benchmarks.cpu_peers import has_llama_cpp
 
         if not has_llama_cpp(peers):
-            raise ConfigError(
-                f"--peers {peers}: this Python has no llama-cpp-python; install it, or leave --peers out"
-            )
+            raise ConfigError(f"--peers {peers}: this Python has no llama-cpp-python; install it, or leave --peers out")
     command += f" --cases {','.join(names)}" if names else ""
     command += (f" --peers {peers}" if peers else "") + (f" --plot {plot}" if plot is not None else "")
 
