@@ -9,8 +9,11 @@ using namespace bq;
 
 namespace {
 
-// Below so many multiplications of floats, waking another thread costs more than it saves.
+// Below so many multiplications of floats, handing a part to another thread costs more than it saves.
 constexpr int64_t kWorthThreads = 1 << 16;
+// A step that reads fewer bytes stays on one thread: in it few products are worth sharing, and a worker that has gone to
+// sleep in between takes longer to wake than the whole step.
+constexpr int64_t kWorthWaking = 5 << 20;
 
 const DecodingKernels &kernels() {
 #if defined(BQ_HAVE_AVX512) || defined(BQ_HAVE_AVX2)
@@ -185,6 +188,22 @@ void add(float *to, const float *x, int64_t count) {
     for (int64_t i = 0; i < count; ++i) to[i] += x[i];
 }
 
+int64_t weight_bytes(const bq_layer &layer) {
+    if (layer.prepared != nullptr) return layer.prepared_bytes;
+    return layer.channels * layer.width * (layer.dtype == BQ_FLOAT32 ? 4 : 2);
+}
+
+// Weights, keys and values that a step reads.
+int64_t step_bytes(const bq_decoder &d, int64_t position) {
+    int64_t bytes = weight_bytes(d.head) + 8 * d.layers * d.kv_heads * d.head_size * (position + 1);
+    for (int64_t i = 0; i < d.layers; ++i) {
+        const bq_block &b = d.blocks[i];
+        const bq_layer *const layers[] = {&b.q, &b.k, &b.v, &b.o, &b.gate, &b.up, &b.down};
+        for (const bq_layer *layer : layers) bytes += weight_bytes(*layer);
+    }
+    return bytes;
+}
+
 int32_t embed(const bq_decoder &d, int64_t token, float *out) {
     const bq_table &table = d.embedding;
     if (table.dense != nullptr) {
@@ -278,7 +297,8 @@ int32_t bq_decode_token(const bq_decoder *decoder, int64_t token, int64_t positi
     if (d.workspace == nullptr || reinterpret_cast<uintptr_t>(d.workspace) % 64 != 0) return BQ_BAD_ARGUMENT;
     const Workspace w(d, d.workspace);
     if (d.workspace_bytes < w.bytes) return BQ_BAD_ARGUMENT;
-    const int32_t threads = d.threads > 0 ? d.threads : default_threads();
+    int32_t threads = d.threads > 0 ? d.threads : default_threads();
+    if (step_bytes(d, position) < kWorthWaking) threads = 1;
     int32_t done = embed(d, token, w.stream);
     for (int64_t i = 0; i < d.layers && done == BQ_OK; ++i) {
         done = attention(d, i, position, w, threads);

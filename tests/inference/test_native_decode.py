@@ -27,8 +27,8 @@ LEARNED = Quantizer(UniformGrid(4), PerTensor(), Learned())
 
 
 def make(scheme: str | Scheme, backend: str = "native", pack: bool = True, **options: Any) -> Llama:
-    options = {"num_hidden_layers": 2, "max_position_embeddings": POSITIONS, **options}
-    model = quantize_(Llama(LlamaConfig.preset("1M", vocab_size=97, **options)).init_weights(1), scheme)
+    options = {"vocab_size": 97, "num_hidden_layers": 2, "max_position_embeddings": POSITIONS, **options}
+    model = quantize_(Llama(LlamaConfig.preset("1M", **options)).init_weights(1), scheme)
     made = pack_(model, backend) if pack else model
     assert isinstance(made, Llama)
     return made.eval()
@@ -118,7 +118,8 @@ def test_layers_that_are_not_quantized_stay_floats() -> None:
 
 @pytest.mark.parametrize("scheme", ["w1a1", "w4a8-h8", "w1a16"])
 def test_any_number_of_threads_gives_the_same_bits(scheme: str) -> None:
-    model = make(scheme, num_hidden_layers=1, hidden_size=256, max_position_embeddings=600)
+    # Large enough that a step is shared among threads: keys and values alone are 7 MB.
+    model = make(scheme, hidden_size=512, vocab_size=1031, max_position_embeddings=1000)
     before, made = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -126,7 +127,7 @@ def test_any_number_of_threads_gives_the_same_bits(scheme: str) -> None:
             cache = KVCache(model.config)
             cache.keys.normal_(generator=torch.Generator().manual_seed(0))
             cache.values.normal_(generator=torch.Generator().manual_seed(1))
-            cache.length = 500
+            cache.length = 900
             decoder = NativeDecoder(model, cache)
             made.append(torch.stack([decoder.step(token).clone() for token in range(5)]))
     finally:
