@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 # Instruction sets that matter to low-bit arithmetic, as /proc/cpuinfo spells them.
-_ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_vpopcntdq", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+_ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_vpopcntdq", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
 
 
 def describe() -> dict[str, Any]:
