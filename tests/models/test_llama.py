@@ -133,3 +133,10 @@ def test_bf16_autocast_runs_and_is_near() -> None:
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         half = model(ids).float()
     assert torch.allclose(half, model(ids), atol=2e-2)
+
+
+def test_logits_of_the_last_position_alone() -> None:
+    model = Llama(tiny()).init_weights(0)
+    ids = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(model(ids, last=True), model(ids)[:, -1:], atol=1e-6)

@@ -87,7 +87,7 @@ def _generate(
     for number in range(budget):
         if number == 0 or decoder is None:
             with torch.no_grad():
-                logits_V = model(fresh, cache)[0, -1]
+                logits_V = model(fresh, cache, last=native)[0, -1]
         else:
             logits_V = decoder.step(token)
         token = choose(logits_V, options, generator)

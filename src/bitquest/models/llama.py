@@ -183,8 +183,10 @@ class Llama(nn.Module):
                     parameter.copy_(values)
         return self
 
-    def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, tokens_BT: Tensor, cache: Cache | None = None, last: bool = False) -> Tensor:
         """Logits of the next token after each position. With a cache, positions continue after what it holds.
+
+        last: of the last position alone, (B, 1, V), as writing on after a prompt needs them.
 
         Raises DataError for more positions than the model has.
         """
@@ -208,4 +210,4 @@ class Llama(nn.Module):
                 x_BTD = block(x_BTD, cos_TC, sin_TC, cache)
         if cache is not None:
             cache.advance(t)
-        return cast(Tensor, self.lm_head(decoder.norm(x_BTD)))
+        return cast(Tensor, self.lm_head(decoder.norm(x_BTD[:, -1:] if last else x_BTD)))
