@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NATIVE := src/bitquest/ops/libbitquest.so.1
 
-.PHONY: demo test setup lint types imports unit clean
+.PHONY: demo test setup lint types imports native unit clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "BitQuEST needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
@@ -31,7 +32,12 @@ types: $(STAMP)
 imports: $(STAMP)
 	$(BIN)/lint-imports
 
-unit: $(STAMP)
+$(NATIVE): $(shell find csrc -type f 2>/dev/null) | $(STAMP)
+	-$(BIN)/python setup.py --quiet build_ext --inplace
+
+native: $(STAMP) $(NATIVE)  ## compile the CPU engine anew after a change in csrc
+
+unit: $(STAMP) $(NATIVE)
 	$(BIN)/python -m pytest
 
 clean:
