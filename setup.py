@@ -56,6 +56,7 @@ class BuildNative(build_ext):
 
     def run(self) -> None:
         wanted = os.environ.get("BITQUEST_NATIVE", "")
+        self._remove_earlier()  # a library of other sources must not be taken for this build's
         if wanted == "0":
             return
         try:
@@ -64,6 +65,11 @@ class BuildNative(build_ext):
             if wanted == "require":
                 raise
             print(f"warning: the native CPU engine was not built: {failure}", file=sys.stderr)
+
+    def _remove_earlier(self) -> None:
+        for ext in self.extensions:
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+            (Path(self.build_lib) / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
 
     def get_ext_filename(self, fullname: str) -> str:
         # A name that Python does not take for a module of its own.

@@ -84,6 +84,7 @@ Correction level_correction(const Plan &plan) {
 }
 
 bool is_wide(const Plan &plan, const bq_weight &w) {
+    if (plan.digits == 3) return false;  // a digit's dot is at most 255 * 128 * 65536, and `finish` scales digits itself
     if (plan.form_x.offset == 0 && w.form.offset == 0) return false;  // |a| <= 127: below 2^31 up to 2^17 elements
     return plan.size * 255 * 255 >= int64_t{1} << 31;
 }

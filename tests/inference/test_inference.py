@@ -99,3 +99,8 @@ def test_text_engine_streams_what_decoding_gives() -> None:
 def test_a_tokenizer_too_large_for_the_model() -> None:
     with pytest.raises(ConfigError, match="words and the model 257"):
         TextEngine(model(), Tokenizer.train_bpe(["some text with enough pairs to merge, some text"] * 30, 300))
+
+
+def test_a_bfloat16_model_writes() -> None:
+    m = model().to(torch.bfloat16)
+    assert len(list(generate(m, [1, 2, 3], 6, SamplingOptions(temperature=0)))) == 6

@@ -5,10 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from bitquest.errors import DataError
 from bitquest.inference import KVCache, static_decode
 from bitquest.inference.static_decode import StaticDecoder
 from bitquest.models import Llama, LlamaConfig
-from bitquest.nn import pack_, quantize_
+from bitquest.nn import PackedLinear, pack_, quantize_
 
 
 class Again:
@@ -56,3 +57,24 @@ def test_a_longer_text_takes_wider_windows(monkeypatch: pytest.MonkeyPatch) -> N
         assert decoder._view is not None
         widths.append(decoder._view.window)
     assert widths == [4] * 4 + [8] * 4 + [16] * 8 + [20] * 4
+
+
+def test_what_cannot_be_captured_is_not() -> None:
+    assert StaticDecoder.refuses(make("none", "cpu")) is None
+    model = make("w4a4", "cpu")
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.use("torch")
+    assert "runs on the torch backend" in str(StaticDecoder.refuses(model))
+    trained = quantize_(
+        Llama(LlamaConfig.preset("1M", vocab_size=97, max_position_embeddings=24, num_hidden_layers=1)), "w4a4"
+    )
+    assert "quantized anew in every pass" in str(StaticDecoder.refuses(trained))  # type: ignore[arg-type]
+
+
+def test_a_full_cache_is_named() -> None:
+    model = make("none", "cpu")
+    decoder = StaticDecoder(model, KVCache(model.config, positions=2), Again)
+    decoder.step(1), decoder.step(2)
+    with pytest.raises(DataError, match="holds 2 positions; 3 are needed"):
+        decoder.step(3)

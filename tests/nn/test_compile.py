@@ -54,3 +54,15 @@ def test_a_compiled_packed_model_is_the_eager_one(name: str, grouped_config: Lla
     with torch.no_grad():
         eager = model(IDS)
         assert torch.allclose(torch.compile(model, fullgraph=True, backend="aot_eager")(IDS), eager, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_packed_model_sees_codes_that_are_loaded(grouped_config: LlamaConfig) -> None:
+    model, other = (pack_(quantize_(Llama(grouped_config).init_weights(seed), "w4a4")) for seed in (0, 1))
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        before = compiled(IDS)
+        model.load_state_dict(other.state_dict())
+        after = compiled(IDS)
+        assert not torch.allclose(after, before)
+        assert torch.allclose(after, other(IDS), atol=1e-6)

@@ -161,6 +161,15 @@ def test_autocast_decides_the_dtype_of_the_product() -> None:
     assert made.weight.grad.dtype == torch.float32
 
 
+def test_a_pass_for_inference_leaves_nothing_that_training_takes() -> None:
+    made, x = on_integers(layer("w4a4")), torch.randn(4, 96)
+    with torch.inference_mode():
+        made(x)
+    made(x.clone()).sum().backward()
+    assert made.weight.grad is not None
+    assert bool(made.weight.grad.isfinite().all())
+
+
 # --- on a GPU ------------------------------------------------------------------------------------------------------
 
 

@@ -81,7 +81,8 @@ def _generate(
     device = next(iter(model.buffers())).device
     generator = torch.Generator().manual_seed(options.seed)
     budget = min(max_new_tokens, context - len(prompt_ids) + 1)  # the last token needs no position: nothing follows it
-    cache = KVCache(model.config, positions=len(prompt_ids) + budget - 1, device=device)
+    positions, dtype = len(prompt_ids) + budget - 1, model.model.norm.weight.dtype
+    cache = KVCache(model.config, positions=positions, dtype=dtype, device=device)
     decoder = _decoder(model, cache, native) if budget > 1 else None
     token, fresh, started = -1, torch.tensor([prompt_ids], device=device), time.perf_counter()
     for number in range(budget):
@@ -108,9 +109,11 @@ def _generate(
 
 def _decoder(model: Llama, cache: KVCache, native: bool) -> StaticDecoder | NativeDecoder | None:
     """What decodes faster than the model's own forward, if anything does."""
+    if not native:
+        return None
     if cache.keys.is_cuda:
-        return StaticDecoder(model, cache)
-    return NativeDecoder(model, cache) if native and NativeDecoder.refuses(model, cache) is None else None
+        return StaticDecoder(model, cache) if StaticDecoder.refuses(model) is None else None
+    return NativeDecoder(model, cache) if NativeDecoder.refuses(model, cache) is None else None
 
 
 class TextEngine:

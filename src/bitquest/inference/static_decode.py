@@ -5,13 +5,17 @@ grows into (256, 512, … positions). Capturing costs a few forward passes, so s
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from bitquest.errors import DataError
 from bitquest.inference.kv_cache import KVCache, WindowView
 from bitquest.models import Llama
+from bitquest.nn import PackedLinear, QuantizedEmbedding, QuantizedLinear
+from bitquest.ops import Backend
 
 SMALLEST_WINDOW = 256
 _WARM_UP = 3  # passes before a capture: kernels are compiled, tuned and loaded, which no graph may contain
@@ -51,9 +55,23 @@ class StaticDecoder:
         self._recording: Recording | None = None
         self._logits_BTV: Tensor | None = None
 
+    @staticmethod
+    def refuses(model: Llama) -> str | None:
+        """Why the model's steps cannot be captured, None if they can. The torch backend asks the host for tables."""
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+                return f"{name} is quantized anew in every pass"
+            if isinstance(module, PackedLinear) and module.running_backend == Backend.TORCH:
+                return f"{name} runs on the torch backend"
+        return None
+
     @torch.no_grad()
     def step(self, token: int) -> Tensor:
-        """Feed one token at the next position."""
+        """Feed one token at the next position. Raises DataError when the cache is full."""
+        if self.cache.length >= self.cache.positions:
+            raise DataError(
+                f"the key-value cache holds {self.cache.positions} positions; {self.cache.length + 1} are needed"
+            )
         if self._view is None or self.cache.length >= self._view.window:
             self._capture()
         assert self._view is not None and self._recording is not None
@@ -74,4 +92,6 @@ class StaticDecoder:
         def run() -> None:
             self._logits_BTV = self.model(self._token, view)
 
-        self._recording = self._record(run)
+        device = self.cache.keys.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self._recording = self._record(run)

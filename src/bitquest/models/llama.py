@@ -94,7 +94,7 @@ class Attention(nn.Module):
         if cache is None:
             y_BHTC = F.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTC, is_causal=True, enable_gqa=grouped)
         else:
-            k_BHTC, v_BHTC = cache.append(self.layer, k_BHTC, v_BHTC)
+            k_BHTC, v_BHTC = (t.to(q_BHTC.dtype) for t in cache.append(self.layer, k_BHTC, v_BHTC))
             mask_TS = cache.mask_TS
             y_BHTC = F.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTC, attn_mask=mask_TS, enable_gqa=grouped)
         y_BTD = y_BHTC.transpose(1, 2).reshape(b, t, self.h * self.c)

@@ -176,6 +176,18 @@ def output_dtype(x: torch.dtype, device: str) -> torch.dtype:
     return x
 
 
+def may_be_kept(device: torch.device) -> bool:
+    """Whether what is computed now may serve a later pass.
+
+    Tensors made for inference cannot be saved for a backward pass, and those of a CUDA graph being captured hold
+    nothing yet; what a graph would take from before its capture would stay as it was in every replay.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return not torch.is_inference_mode_enabled() and not capturing
+
+
 # --- a weight's rows, made once per optimizer step -------------------------------------------------------------------
 
 
@@ -205,7 +217,7 @@ class WeightRows:
             assert self.held is not None
             return self.held
         with torch.no_grad():
-            if state is None:
+            if state is None or not may_be_kept(weight.device):
                 return plan.quantize(weight.detach())
             key, cached = (state(weight), weight.dtype, plan.key), self._cached
             if cached is None or cached.weight() is not weight or cached.key != key:

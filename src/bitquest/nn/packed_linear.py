@@ -19,7 +19,7 @@ from bitquest.numerics.packing import pack, unpack
 from bitquest.numerics.quantizer import Quantizer
 from bitquest.numerics.rotations import Rotation
 from bitquest.ops.backend import Backend, WrongDeviceError, backend_for, engine, resolve_backend
-from bitquest.ops.engine_ops import packed_linear, quantize_rows, rotate_rows
+from bitquest.ops.engine_ops import on_device, packed_linear, quantize_rows, rotate_rows
 from bitquest.ops.linear_spec import LinearSpec
 from bitquest.ops.registry import quantizer_text
 from bitquest.ops.rows import ENGINE_DTYPES, PackedWeight, Prologue, QuantizedRows, flattened
@@ -96,6 +96,7 @@ class PackedLinear(nn.Module):
         self._spec = LinearSpec(in_features, out_features, weight, activation, self.rotation.block)
         self._input_text = quantizer_text(activation) if activation is not None else ""
         self._prepared: _Prepared | None = None
+        self.register_load_state_dict_post_hook(lambda layer, _: layer.prepare())
         self.prepare()
 
     @staticmethod
@@ -131,6 +132,7 @@ class PackedLinear(nn.Module):
         if codes is not None and tuple(codes.shape) != (self.out_features, self.in_features):
             raise ConfigError(f"codes are ({self.out_features}, {self.in_features}), not {tuple(codes.shape)}")
         self.packed = None if codes is None or self.weight_spec is None else pack(codes, self.weight_spec.bits)
+        self.prepare()
 
     def encode_weight(self) -> Encoded | None:
         """The stored codes, steps and kept mask; None if the weight is not quantized."""
@@ -208,14 +210,15 @@ class PackedLinear(nn.Module):
         """The prepared weight, made again if the codes, steps or mask are not what it was made from."""
         made = self._prepared
         if torch.compiler.is_compiling():  # the compiler cannot follow versions
-            assert made is not None, "prepared when the layer was made"
+            if made is None:
+                raise ConfigError("this layer is not laid out for a backend yet: call prepare() before torch.compile")
             return made
         sources = (self.packed, self.step, self.kept, self.float_weight)
         versions = tuple(_version(t) for t in sources if t is not None)
         same = made is not None and all(a is b for a, b in zip(made.sources, sources, strict=True))
         if made is None or not same or made.versions != versions:
             backend = backend_for(self.backend, self._spec, self.device.type)
-            with torch.no_grad():
+            with torch.no_grad(), on_device(next(t for t in sources if t is not None)):
                 used = engine(backend.value)
                 parts = used.prepare(self._spec, PackedWeight(self.packed, self.step, self.kept, self.float_weight))
                 made = _Prepared(sources, versions, backend, used.input_parts(self._spec), parts)

@@ -287,7 +287,9 @@ class WeightQuantizer(_Operand):
         """The weight (N, K) quantized, or only rotated, in rotated space and in its dtype."""
         if self.spec is None:
             return self._rotated(weight, rotation)
-        if self.step is not None or not torch.is_grad_enabled() or not can_be_recognised(weight):
+        capturing = weight.device.type == "cuda" and not torch.compiler.is_compiling()
+        capturing = capturing and torch.cuda.is_current_stream_capturing()  # replays would see an old weight
+        if self.step is not None or not torch.is_grad_enabled() or not can_be_recognised(weight) or capturing:
             return self._quantized(weight, rotation)
         key = (weight_state(weight), weight.dtype, rotation.block)
         cached = self._cached

@@ -151,7 +151,8 @@ def _sums_and_differences(halves: Tensor) -> Tensor:
 def _short_strides(n: int, device: torch.device) -> Tensor:
     """The other stages as a matrix, with the scale 1/√n of all."""
     m = min(n, _PRODUCT)
-    return hadamard(m, device) * (m / n) ** 0.5
+    with torch.inference_mode(False):  # kept for later, when autograd may want to save it
+        return hadamard(m, device) * (m / n) ** 0.5
 
 
 def _butterfly(blocks: Tensor) -> Tensor:

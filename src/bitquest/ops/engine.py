@@ -121,7 +121,7 @@ class TorchEngine:
             assert form is not None, "only a grid with integers has factors"
             factors = form.of_codes(codes, kept)
         if "packed" in want:
-            packed = pack(codes, quantizer.bits)
+            packed = pack(codes, quantizer.bits, trusted=True)
         if "mask" in want:
             bits = fake_quantize_forward(x, quantizer, rotation, step).mask
             mask = mask_bits(bits) if bits.numel() else torch.empty(0, dtype=torch.uint8, device=x.device)
@@ -193,7 +193,7 @@ class TorchEngine:
 
 def mask_bits(mask: Tensor) -> Tensor:
     """bool (T, K) to uint8 (T, ⌈K/8⌉), least significant bit first."""
-    return pack(mask.to(torch.int8) - 1, 1)
+    return pack(mask.to(torch.int8) - 1, 1, trusted=True)
 
 
 def bits_to_mask(bits: Tensor, width: int) -> Tensor:

@@ -6,6 +6,7 @@ T rows, K elements of a row, G scale groups, N out_features.
 """
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -28,6 +29,11 @@ def _wanted(want: str) -> frozenset[str]:
 @lru_cache(maxsize=64)
 def _grid(text: str) -> Grid:
     return grid_from_json(json.loads(text))
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Launch kernels on the GPU that the tensor is on, which need not be the current one."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 def _prologue(norm_weight: Tensor | None, eps: float, up: Tensor | None) -> Prologue | None:
@@ -53,9 +59,10 @@ def quantize_rows_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(factors, packed, step, mask, sums) of x (T, K) behind its prologue; `want` lists parts, comma-separated."""
-    rows = engine(backend).quantize_rows(
-        x, parse_quantizer(quantizer), block, _wanted(want), step, _prologue(norm_weight, eps, up)
-    )
+    with on_device(x):
+        rows = engine(backend).quantize_rows(
+            x, parse_quantizer(quantizer), block, _wanted(want), step, _prologue(norm_weight, eps, up)
+        )
     delta = rows.step.clone() if step is not None and rows.step.data_ptr() == step.data_ptr() else rows.step
     return (
         _empty(x, torch.int8) if rows.factors is None else rows.factors,
@@ -134,7 +141,8 @@ def rotate_rows_op(
     x: Tensor, norm_weight: Tensor | None, eps: float, up: Tensor | None, block: int, backend: str
 ) -> Tensor:
     """x (T, K) behind its prologue, rotated, float32."""
-    rotated = engine(backend).rotate(x, block, _prologue(norm_weight, eps, up))
+    with on_device(x):
+        rotated = engine(backend).rotate(x, block, _prologue(norm_weight, eps, up))
     return rotated.clone() if rotated.data_ptr() == x.data_ptr() else rotated
 
 
@@ -159,7 +167,8 @@ def dequantize_rows_op(
 ) -> Tensor:
     """Values (T, K) in rotated space, in `dtype`, from packed codes or from factors."""
     rows = QuantizedRows(factors, packed, step, None, None)
-    return engine(backend).dequantize_rows(rows, _grid(grid), width, dtype)
+    with on_device(step):
+        return engine(backend).dequantize_rows(rows, _grid(grid), width, dtype)
 
 
 @dequantize_rows_op.register_fake
@@ -174,7 +183,8 @@ def _(
 @torch.library.custom_op("bitquest::mask_rotate", mutates_args=())
 def mask_rotate_op(gradient: Tensor, mask: Tensor | None, block: int, dtype: torch.dtype, backend: str) -> Tensor:
     """(G ⊙ M)Hᵀ of G (T, K) in `dtype`, M as bits."""
-    return engine(backend).mask_rotate(gradient, mask, block, dtype)
+    with on_device(gradient):
+        return engine(backend).mask_rotate(gradient, mask, block, dtype)
 
 
 @mask_rotate_op.register_fake
@@ -194,7 +204,8 @@ def packed_linear_op(
         rows = x[0]
     else:
         rows = _rows(x)
-    return engine(backend).linear(made, rows, tuple(weight), bias, dtype)
+    with on_device(weight[0]):
+        return engine(backend).linear(made, rows, tuple(weight), bias, dtype)
 
 
 @packed_linear_op.register_fake
@@ -224,7 +235,9 @@ def rows_linear_op(
     x: list[Tensor | None], w: list[Tensor | None], bias: Tensor | None, spec: str, dtype: torch.dtype, backend: str
 ) -> Tensor:
     """y (T, N) in `dtype` from [factors, packed, step, sums] of both operands."""
-    return engine(backend).linear_rows(LinearSpec.of(spec), _rows(x), _rows(w), bias, dtype)
+    rows = _rows(x)
+    with on_device(rows.step):
+        return engine(backend).linear_rows(LinearSpec.of(spec), rows, _rows(w), bias, dtype)
 
 
 @rows_linear_op.register_fake
@@ -265,7 +278,8 @@ def prologue_backward_op(
     """(dx, d norm_weight or d up) from the gradient of x_q."""
     prologue = _prologue(norm_weight, eps, up)
     assert prologue is not None
-    return engine(backend).prologue_backward(gradient, mask, x, prologue, block)
+    with on_device(x):
+        return engine(backend).prologue_backward(gradient, mask, x, prologue, block)
 
 
 @prologue_backward_op.register_fake

@@ -162,10 +162,12 @@ def _surroundings(config: TrainConfig) -> Iterator[None]:
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     device = choose_device(config.train.device)
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)  # a kernel without a deterministic form warns
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # kernels write it all
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     try:
@@ -175,6 +177,7 @@ def _surroundings(config: TrainConfig) -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
 
 
 class _Session:

@@ -39,8 +39,8 @@ class CudaEngine(TritonEngine):
     @cached_property
     def _one_bit(self) -> str | None:
         """The kernel for 1-bit products, if one is right here."""
-        name = "b1_wgmma" if refuses(self.device()) is None else "b1_mma"
-        return name if is_right(name, self.device()) else None
+        names = ("b1_wgmma", "b1_mma") if refuses(self.device()) is None else ("b1_mma",)
+        return next((name for name in names if is_right(name, self.device())), None)
 
     @cached_property
     def _has_planes(self) -> bool:

@@ -47,7 +47,7 @@ def _b1_mma(device: torch.device) -> bool:
 
 
 def _planes(device: torch.device) -> bool:
-    for x_bits, w_bits in ((2, 1), (2, 2)):
+    for x_bits, w_bits in ((1, 2), (2, 1), (2, 2)):
         x, w = _codes(TOKENS, x_bits, 3), _codes(CHANNELS, w_bits, 4)
         cut = [planes.planes_of(pack(c, b).to(device), b, WIDTH) for c, b in ((x, x_bits), (w, w_bits))]
         sums = [_odd(codes).sum(1, dtype=torch.int32).to(device) for codes in (x, w)]

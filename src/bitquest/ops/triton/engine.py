@@ -5,10 +5,13 @@ arithmetic is what takes time, so they are unpacked to int8 for the s8 product (
 activations, to the output's floats for cuBLAS.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitquest.errors import ConfigError
 from bitquest.numerics.grids import CodebookGrid, Grid, UniformGrid
 from bitquest.numerics.integers import IntegerForm, integer_form
 from bitquest.numerics.packing import pack, unpack
@@ -19,6 +22,7 @@ from bitquest.ops.engine import Parts, TorchEngine
 from bitquest.ops.linear_spec import LinearSpec
 from bitquest.ops.rows import PackedWeight, Prologue, QuantizedRows
 from bitquest.ops.triton.dequantize import dequantize_rows
+from bitquest.ops.triton.few_bit_forms import weight_form
 from bitquest.ops.triton.few_bit_linear import a8_linear, packed_sums, weight_only_linear
 from bitquest.ops.triton.int8_linear import int8_linear
 from bitquest.ops.triton.quantize import MAX_LEVELS, quantize_rows, rotate_rows
@@ -27,6 +31,7 @@ from bitquest.ops.triton.tiles import MAX_WIDTH
 from bitquest.ops.triton.unpack import unpack_factors
 
 FEW = 32  # tokens
+_SMALL_WIDTH, _LARGE_SHARED = 16384, 227 * 1024  # float32 rows longer than this take this many bytes (tiles.py)
 _STORED = (1, 2, 4, 8)  # widths whose fields do not straddle bytes
 
 
@@ -54,6 +59,13 @@ class TritonEngine:
     def _refuses_shape(self, spec: LinearSpec) -> str | None:
         if spec.in_features > MAX_WIDTH:
             return f"rows go up to {MAX_WIDTH} elements"
+        if spec.in_features > _SMALL_WIDTH and torch.cuda.is_available() and _shared_bytes() < _LARGE_SHARED:
+            return f"rows of more than {_SMALL_WIDTH} elements need more shared memory than this GPU has"
+        if spec.weight is not None and not spec.weight.is_sparse:
+            try:
+                weight_form(_stored(spec))
+            except ConfigError as error:
+                return str(error)
         return None if spec.block <= MAX_BLOCK else f"rotations go up to blocks of {MAX_BLOCK}"
 
     def refuses_training(self, spec: LinearSpec) -> str | None:
@@ -154,6 +166,11 @@ class TritonEngine:
             x.factors, x.step.expand(x.factors.shape[0], -1), w.factors, w.step.expand(spec.out_features, -1),
             spec.input_form, spec.weight_form, x_sums=x.sums, w_sums=w.sums, bias=bias, out_dtype=dtype,
         )  # fmt: skip
+
+
+@cache
+def _shared_bytes() -> int:
+    return int(torch.cuda.get_device_properties().shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def _stored(spec: LinearSpec) -> Grid:
