@@ -8,7 +8,7 @@ from torch import nn
 from bitquest.errors import ConfigError
 from bitquest.nn import PackedLinear, QuantizedLinear, quantize_, running_backends, training_backends
 from bitquest.numerics import BlockHadamard, Quantizer
-from bitquest.ops.backend import BackendError
+from bitquest.ops.backend import BackendError, BackendReport
 from bitquest.ops.native import availability
 
 CPU = torch.device("cpu")
@@ -84,3 +84,12 @@ def test_what_runs_a_layer_can_be_seen() -> None:
     assert running_backends(nn.Sequential(packed)) == "native"
     packed.use("torch")
     assert running_backends(nn.Sequential(packed)) == "torch"
+
+
+def test_an_instruction_set_that_is_not_there_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = (BackendReport("native", False, "BITQUEST_ISA names avx521"), BackendReport("torch", True, ""))
+    monkeypatch.setattr("bitquest.ops.backend.backend_report", lambda: report)
+    assert training_backends(quantize_(nn.Sequential(nn.Linear(64, 8)), "w1a1")) == "torch"
+    monkeypatch.setenv("BITQUEST_ISA", "avx521")
+    with pytest.raises(BackendError, match="names avx521"):
+        quantize_(nn.Sequential(nn.Linear(64, 8)), "w1a1")

@@ -182,6 +182,8 @@ def backend_for(name: Backend, spec: LinearSpec, device: str, training: bool = F
         return wanted if fits else Backend.TORCH
     for report in backend_report():
         candidate = Backend(report.name)
+        if candidate == Backend.NATIVE and not report.available and os.environ.get("BITQUEST_ISA") and device == "cpu":
+            raise BackendError(report.reason)  # somebody looks for a fault: torch would hide it
         if candidate == Backend.TORCH or not report.available or _only_asked(candidate):
             continue
         if device in _devices(candidate) and _refused(candidate, spec, training) is None:
