@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from bitquest.nn.quantizer import may_be_kept
 from bitquest.numerics.integers import integer_form
 from bitquest.numerics.quantizer import Quantizer
 from bitquest.ops.backend import Backend, engine
@@ -174,18 +175,6 @@ def output_dtype(x: torch.dtype, device: str) -> torch.dtype:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x
-
-
-def may_be_kept(device: torch.device) -> bool:
-    """Whether what is computed now may serve a later pass.
-
-    Tensors made for inference cannot be saved for a backward pass, and those of a CUDA graph being captured hold
-    nothing yet; what a graph would take from before its capture would stay as it was in every replay.
-    """
-    if torch.compiler.is_compiling():
-        return True
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return not torch.is_inference_mode_enabled() and not capturing
 
 
 # --- a weight's rows, made once per optimizer step -------------------------------------------------------------------

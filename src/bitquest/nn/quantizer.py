@@ -129,6 +129,18 @@ def can_be_recognised(tensor: Tensor) -> bool:
     return plain and not torch.compiler.is_compiling() and not tensor.is_inference()
 
 
+def may_be_kept(device: torch.device) -> bool:
+    """Whether what is computed now may serve a later pass.
+
+    Tensors made for inference cannot be saved for a backward pass, and those of a CUDA graph being captured hold
+    nothing yet; what a graph would take from before its capture would stay as it was in every replay.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return not torch.is_inference_mode_enabled() and not capturing
+
+
 def _saving_hook() -> int:
     """Identity of the innermost saved-tensor hook: activation checkpointing has one for each part and each pass."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -287,9 +299,8 @@ class WeightQuantizer(_Operand):
         """The weight (N, K) quantized, or only rotated, in rotated space and in its dtype."""
         if self.spec is None:
             return self._rotated(weight, rotation)
-        capturing = weight.device.type == "cuda" and not torch.compiler.is_compiling()
-        capturing = capturing and torch.cuda.is_current_stream_capturing()  # replays would see an old weight
-        if self.step is not None or not torch.is_grad_enabled() or not can_be_recognised(weight) or capturing:
+        known = can_be_recognised(weight) and may_be_kept(weight.device)
+        if self.step is not None or not torch.is_grad_enabled() or not known:
             return self._quantized(weight, rotation)
         key = (weight_state(weight), weight.dtype, rotation.block)
         cached = self._cached

@@ -42,6 +42,13 @@ def _prologue(norm_weight: Tensor | None, eps: float, up: Tensor | None) -> Prol
     return None if up is None else SwiGLU(up)
 
 
+def _operands(prologue: Prologue | None) -> tuple[Tensor | None, float, Tensor | None]:
+    """A prologue as operators take it: norm_weight, eps, up."""
+    if isinstance(prologue, RMSNorm):
+        return prologue.weight, prologue.eps, None
+    return None, 0.0, None if prologue is None else prologue.up
+
+
 def _empty(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype, device=x.device)
 
@@ -113,19 +120,9 @@ def quantize_rows(
     prologue: Prologue | None = None,
 ) -> QuantizedRows:
     """The operator, with the parts that were not asked for as None."""
-    norm = prologue if isinstance(prologue, RMSNorm) else None
-    up = prologue.up if isinstance(prologue, SwiGLU) else None
     asked = ",".join(part for part in PARTS if part in want)
     factors, packed, delta, mask, sums = quantize_rows_op(
-        x,
-        step,
-        None if norm is None else norm.weight,
-        0.0 if norm is None else norm.eps,
-        up,
-        quantizer,
-        block,
-        asked,
-        backend,
+        x, step, *_operands(prologue), quantizer, block, asked, backend
     )
     return QuantizedRows(
         factors if "factors" in want else None,
@@ -153,11 +150,7 @@ def _(x: Tensor, norm_weight: Tensor | None, eps: float, up: Tensor | None, bloc
 
 def rotate_rows(x: Tensor, block: int, backend: str, prologue: Prologue | None = None) -> Tensor:
     """The operator, its prologue as one value."""
-    norm = prologue if isinstance(prologue, RMSNorm) else None
-    up = prologue.up if isinstance(prologue, SwiGLU) else None
-    rotated: Tensor = rotate_rows_op(
-        x, None if norm is None else norm.weight, 0.0 if norm is None else norm.eps, up, block, backend
-    )
+    rotated: Tensor = rotate_rows_op(x, *_operands(prologue), block, backend)
     return rotated
 
 
