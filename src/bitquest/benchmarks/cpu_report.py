@@ -3,14 +3,12 @@
 `python -m bitquest.benchmarks.cpu_report result.json` prints them again from a file.
 """
 
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from bitquest.benchmarks.cpu_timing import PAST_CACHE, WARM
-from bitquest.benchmarks.gpu_report import Cells, table
+from bitquest.benchmarks.gpu_report import Cells, print_reports, table
 
 _LAYERS: Cells = (
     "case",
@@ -184,14 +182,7 @@ def _count(number: float) -> str:
 
 def main(words: Sequence[str]) -> int:
     """Print the report of each file named."""
-    for name in words:
-        try:
-            result = json.loads(Path(name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            print(f"{name}: {error}", file=sys.stderr)
-            return 1
-        print("\n".join(equal_loss_lines(result) if "formats" in result else lines(result)))
-    return 0
+    return print_reports(words, lambda result: equal_loss_lines(result) if "formats" in result else lines(result))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,16 +135,21 @@ def curve_lines(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def main(words: Sequence[str]) -> int:
-    """Print the report of each file named."""
+def print_reports(words: Sequence[str], report: Callable[[dict[str, Any]], list[str]]) -> int:
+    """Print what `report` makes of each result file named; an exit code."""
     for name in words:
         try:
             result = json.loads(Path(name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             print(f"{name}: {error}", file=sys.stderr)
             return 1
-        print("\n".join(curve_lines(result) if "means_of_last" in result else lines(result)))
+        print("\n".join(report(result)))
     return 0
+
+
+def main(words: Sequence[str]) -> int:
+    """Print the report of each file named."""
+    return print_reports(words, lambda result: curve_lines(result) if "means_of_last" in result else lines(result))
 
 
 if __name__ == "__main__":
