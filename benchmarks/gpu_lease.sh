@@ -137,7 +137,7 @@ run "benchmark" $((budget + 15)) 30 "$python" -m bitquest.cli.app bench gpu "${o
 
 # 3. Loss curves of the fused path and of the reference, on real text.
 curves=(--backend "$backend")
-[ -n "$dry" ] && curves=(--preset 1M --steps 3 --last 2 --batch 2 --context 32 --seeds 2 --backend torch)
+[ -n "$dry" ] && curves=(--preset 1M --steps 3 --last 2 --batch 2 --context 32 --seeds 2 --repeats 2 --backend torch)
 if [ -n "$dry" ]; then
   cat docs/*.md docs/howto/*.md > "$work/text.txt"
   text=$work/text.txt

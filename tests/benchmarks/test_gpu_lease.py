@@ -45,7 +45,7 @@ def test_a_dry_run(tmp_path):
     ]
     result = json.loads((tmp_path / "out" / "gpu.json").read_text())
     assert {case["status"] for case in result["cases"].values()} == {"measured"}
-    assert json.loads((tmp_path / "out" / "curves.json").read_text())["within_spread"] is True
+    assert json.loads((tmp_path / "out" / "curves.json").read_text())["agree"] is True
     table = (tmp_path / "out" / "table.txt").read_text()
     assert "prefill-w4a4" in table
     assert "spread of the references" in table

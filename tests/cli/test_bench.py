@@ -112,16 +112,19 @@ def test_mistakes_before_the_gpu_benchmark(bitquest, monkeypatch, words, part):
 
 
 def test_loss_curves(bitquest, run_dir, tmp_path):
-    words = ("--preset", "1M", "--steps", 3, "--last", 2, "--batch", 2, "--context", 8, "--seeds", 2)
+    words = ("--preset", "1M", "--steps", 3, "--last", 2, "--batch", 2, "--context", 8, "--seeds", 2, "--repeats", 2)
     data, out = run_dir.parent / "data", tmp_path / "curves.json"
     result, said = bitquest(
         "bench", "loss-curves", "--data", data, *words, "--backend", "torch", "--out", out, "--json"
     )
-    assert list(result["curves"]) == ["fused", "reference, seed 0", "reference, seed 1"]
-    assert [len(curve) for curve in result["curves"].values()] == [3, 3, 3]
-    assert result["curves"]["fused"] == result["curves"]["reference, seed 0"] != result["curves"]["reference, seed 1"]
-    assert (result["within_spread"], result["fused_minus_reference"], result["skipped"]) == (True, 0, [])
-    assert said.count("mean of the last 2 steps") == 3
+    names = ["fused", "reference", "fused, nudge 1", "reference, nudge 1", "reference, seed 1"]
+    curves = result["curves"]
+    assert list(curves) == names
+    assert [len(curve) for curve in curves.values()] == [3] * 5
+    assert curves["fused"] == curves["reference"] != curves["reference, seed 1"]
+    assert curves["fused, nudge 1"] == curves["reference, nudge 1"]
+    assert (result["agree"], result["difference"], result["skipped"]) == (True, 0, [])
+    assert said.count("mean of the last 2 steps") == 5
     assert json.loads(out.read_text())["means_of_last"] == result["means_of_last"]
 
 

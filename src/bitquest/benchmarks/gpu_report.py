@@ -123,15 +123,15 @@ def curve_lines(result: dict[str, Any]) -> list[str]:
     settings = result["settings"]
     rows = [(name, f"{mean:.4f}") for name, mean in result["means_of_last"].items()]
     found = table((f"loss, {settings['preset']}, {settings['scheme']}", f"mean of the last {settings['last']}"), rows)
-    if result["within_spread"] is None:
+    if result["agree"] is None:
         return [*found, f"no verdict: not run: {', '.join(result['skipped'])}"]
-    low, high = result["reference_spread"]
-    apart, within = result["fused_minus_reference"], "yes" if result["within_spread"] else "no"
-    between = "yes" if result["between_references"] else "no"
+    low, high = result["interval"]
+    ranges = [f"{ends[0]:.4f} to {ends[1]:.4f}" for ends in (result["fused_range"], result["reference_range"])]
     return [
         *found,
-        f"fused - reference of the same seed: {apart:+.4f}; spread of the references: {high - low:.4f}; "
-        f"within it: {within}; between the references: {between}",
+        f"fused {ranges[0]}, references {ranges[1]}; difference of the means {result['difference']:+.4f}, "
+        f"{result['confidence']:.0%} interval {low:+.4f} to {high:+.4f}: "
+        f"{'the paths agree' if result['agree'] else 'the paths DISAGREE'}",
     ]
 
 

@@ -1,15 +1,15 @@
-"""Does training on integers learn what fake quantization learns? Loss curves of both from one seed, on real text.
+"""Does training on integers learn what fake quantization learns? Loss curves of both, on real text.
 
-The reference trains with the torch backend from several seeds; their spread is what chance does. The fused path trains
-from the first of these seeds, on the same batches. It passes if the mean of its last losses is no further from the
-reference of its own seed than the references are from each other. Whether it lies between their least and greatest mean
-is told as well, but decides nothing: where the seed's own reference is one of these two, as it is two times in three, a
-fused path that is right lies beyond it every other time.
+Low-bit training is chaotic: a code that rounding flips in the first step changes every later one, and two runs of one
+seed whose starting weights differ by a millionth end as far apart as two seeds do. One run of each path therefore says
+nothing about a difference smaller than that. So both paths train from the first seed several times, each time from
+weights nudged by a relative 1e-6, and what is told is the difference of their means with its interval (Welch); the
+paths disagree if that interval lies on one side of zero. References from other seeds show what chance does besides.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from bitquest.errors import ConfigError
+from bitquest.evaluation.student import difference_interval
 from bitquest.models import Llama, LlamaConfig
 from bitquest.models.fuse import fuse_
 from bitquest.nn import Scheme, quantize_
@@ -29,11 +30,17 @@ from bitquest.training.step import Stepper, choose_device
 OnRun = Callable[[str, float], None]  # a run's name and its mean of last losses
 
 REFERENCE = "torch"
+NUDGE = 1e-6  # relative: about what float32 rounds
+CONFIDENCE = 0.99  # one comparison in a hundred of equal paths says that they disagree
 
 
 @dataclass(frozen=True)
 class CurveSettings:
-    """What is trained: a preset at a scheme, for so many steps of batch × context tokens. last: losses averaged."""
+    """What is trained: a preset at a scheme, for so many steps of batch × context tokens.
+
+    seeds: references of different seeds. repeats: runs of each path from the first seed, all but one nudged.
+    last: losses averaged.
+    """
 
     preset: str = "10M"
     scheme: str = "w4a4"
@@ -42,6 +49,7 @@ class CurveSettings:
     context: int = 512
     learning_rate: float = 2e-3
     seeds: int = 3
+    repeats: int = 4
     last: int = 50
     device: str = "auto"
     precision: str = "auto"
@@ -49,8 +57,10 @@ class CurveSettings:
     def __post_init__(self) -> None:
         if self.last > self.steps:
             raise ConfigError(f"the mean of {self.last} losses needs as many steps, not {self.steps}")
-        if self.seeds < 2:
-            raise ConfigError(f"a spread takes two or more reference seeds, not {self.seeds}")
+        if self.seeds < 1:
+            raise ConfigError(f"the reference takes a seed, not {self.seeds}")
+        if self.repeats < 2:
+            raise ConfigError(f"an interval takes two or more repeats of each path, not {self.repeats}")
 
 
 def compare_curves(
@@ -62,23 +72,35 @@ def compare_curves(
     """
     tokens, began = open_tokens(data), time.monotonic()
     curves: dict[str, list[float]] = {}
-    runs = [("fused", backend, 0), *((f"reference, seed {s}", REFERENCE, s) for s in range(settings.seeds))]
     skipped = []
-    for name, chosen, seed in runs:
+    for name, chosen, seed, nudge in _runs(settings, backend):
         if budget and time.monotonic() - began > budget:
             skipped.append(name)
             continue
-        curves[name] = losses(tokens, settings, chosen, seed)
+        curves[name] = losses(tokens, settings, chosen, seed, nudge)
         if on_run is not None:
             on_run(name, statistics.fmean(curves[name][-settings.last :]))
     return {"settings": vars(settings), "backend": backend, "skipped": skipped} | verdict(curves, settings)
 
 
-def losses(tokens: Tokens, settings: CurveSettings, backend: str, seed: int) -> list[float]:
-    """The loss before each step, in nats per token."""
+def _runs(settings: CurveSettings, backend: str) -> list[tuple[str, str, int, int]]:
+    """Name, backend, seed and nudge of every run, so ordered that a run left out costs least."""
+    runs = [
+        (f"{path}{f', nudge {nudge}' if nudge else ''}", chosen, 0, nudge)
+        for nudge in range(settings.repeats)
+        for path, chosen in (("fused", backend), ("reference", REFERENCE))
+    ]
+    return runs + [(f"reference, seed {seed}", REFERENCE, seed, 0) for seed in range(1, settings.seeds)]
+
+
+def losses(tokens: Tokens, settings: CurveSettings, backend: str, seed: int, nudge: int = 0) -> list[float]:
+    """The loss before each step, in nats per token. nudge: which small change of the starting weights, 0 for none."""
     device = choose_device(settings.device)
     config = LlamaConfig.preset(settings.preset, vocab_size=tokens.vocab_size, max_position_embeddings=settings.context)
-    model = Llama(config).init_weights(seed).to(device)
+    model = Llama(config).init_weights(seed)
+    if nudge:
+        _nudge(model, nudge)
+    model = model.to(device)
     quantize_(model, Scheme.parse(settings.scheme), backend=backend)
     if backend != REFERENCE:
         fuse_(model)
@@ -93,18 +115,31 @@ def losses(tokens: Tokens, settings: CurveSettings, backend: str, seed: int) -> 
     return [float(loss) for loss in torch.stack(found).cpu()]
 
 
-def verdict(curves: dict[str, Sequence[float]] | dict[str, list[float]], settings: CurveSettings) -> dict[str, Any]:
-    """Means of the last losses, the references' spread, whether the fused path is within it (None: runs missing)."""
+@torch.no_grad()
+def _nudge(model: torch.nn.Module, number: int) -> None:
+    generator = torch.Generator().manual_seed(number)
+    for parameter in model.parameters():
+        parameter.mul_(1 + NUDGE * torch.randn(parameter.shape, generator=generator))
+
+
+def verdict(curves: Mapping[str, Sequence[float]], settings: CurveSettings) -> dict[str, Any]:
+    """Means of the last losses, and whether the paths' means agree (None: too few runs to say).
+
+    difference and interval: fused less reference over the repeats of the first seed, at CONFIDENCE.
+    """
     means = {name: statistics.fmean(curve[-settings.last :]) for name, curve in curves.items()}
-    references = [mean for name, mean in means.items() if name != "fused"]
-    whole = "fused" in means and len(references) == settings.seeds
-    fields: dict[str, Any] = {"means_of_last": means, "within_spread": None}
-    if whole:
-        low, high = min(references), max(references)
+    fused = [mean for name, mean in means.items() if name.startswith("fused")]
+    references = [mean for name, mean in means.items() if name.startswith("reference")]
+    repeated = [mean for name, mean in means.items() if name.startswith("reference") and "seed" not in name]
+    fields: dict[str, Any] = {"means_of_last": means, "agree": None}
+    if min(len(fused), len(repeated)) >= 2:
+        found = difference_interval(fused, repeated, CONFIDENCE)
         fields |= {
-            "reference_spread": [low, high],
-            "fused_minus_reference": means["fused"] - means["reference, seed 0"],
-            "within_spread": abs(means["fused"] - means["reference, seed 0"]) <= high - low,
-            "between_references": low <= means["fused"] <= high,
+            "difference": found.estimate,
+            "interval": [found.low, found.high],
+            "confidence": CONFIDENCE,
+            "agree": found.holds_zero,
+            "fused_range": [min(fused), max(fused)],
+            "reference_range": [min(references), max(references)],
         }
     return fields | {"curves": {name: [round(loss, 5) for loss in curve] for name, curve in curves.items()}}

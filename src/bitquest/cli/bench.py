@@ -125,13 +125,16 @@ def loss_curves(
     steps: Annotated[int, typer.Option(min=2)] = 200,
     batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 32,
     context: Annotated[int, typer.Option(min=1, help="Tokens a sequence.")] = 512,
-    seeds: Annotated[int, typer.Option(min=2, help="Reference runs.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="References of different seeds.")] = 3,
+    repeats: Annotated[
+        int, typer.Option(min=2, help="Runs of each path from the first seed, nudged by rounding errors.")
+    ] = 4,
     last: Annotated[int, typer.Option(min=1, help="Losses at the end whose means are compared.")] = 50,
     budget: Annotated[float, typer.Option(min=0, help="Seconds after which no run is begun; 0: no limit.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Also write the result, with date and hardware, here.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Loss curves of the fused training path and of the reference, from one seed and from several."""
+    """Loss curves of the fused training path and of the reference: do they learn the same?"""
     from bitquest.benchmarks.gpu_report import curve_lines
     from bitquest.benchmarks.hardware import describe
     from bitquest.benchmarks.loss_curves import CurveSettings, compare_curves
@@ -141,7 +144,7 @@ def loss_curves(
     resolve_backend(backend)
     if out is not None:
         check_place(out)
-    settings = CurveSettings(preset, scheme, steps, batch, context, seeds=seeds, last=last)
+    settings = CurveSettings(preset, scheme, steps, batch, context, seeds=seeds, repeats=repeats, last=last)
 
     def on_run(name: str, mean: float) -> None:
         err.print(f"{name}: {mean:.4f} nats, mean of the last {last} steps", highlight=False)
@@ -149,7 +152,7 @@ def loss_curves(
     result = compare_curves(data, settings, backend, budget, on_run)
     command = (
         f"bitquest bench loss-curves --data {data} --preset {preset} --scheme {scheme} --backend {backend} "
-        f"--steps {steps} --batch {batch} --context {context} --seeds {seeds} --last {last}"
+        f"--steps {steps} --batch {batch} --context {context} --seeds {seeds} --repeats {repeats} --last {last}"
     )
     if out is not None:
         write_result(out, command, result)
@@ -158,5 +161,5 @@ def loss_curves(
     else:
         for line in curve_lines(result):
             err.print(line, soft_wrap=True, highlight=False, markup=False)
-    if result["within_spread"] is False:
+    if result["agree"] is False:
         raise typer.Exit(1)
