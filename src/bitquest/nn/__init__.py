@@ -8,6 +8,7 @@ from bitquest.nn.packed_linear import PackedLinear, running_backends
 from bitquest.nn.quantizer import MaskedShare, record_masked_share
 from bitquest.nn.scheme import Scheme
 from bitquest.nn.tables import TableRounding, round_tables_
+from bitquest.nn.unquantized import unquantized
 
 __all__ = [
     "MaskedShare",
@@ -23,5 +24,6 @@ __all__ = [
     "round_tables_",
     "running_backends",
     "training_backends",
+    "unquantized",
     "weights_held",
 ]

@@ -33,10 +33,13 @@ class QuantizedEmbedding(nn.Embedding):
         self.rotation = rotation.resolve(self.embedding_dim)
         weight.check(self.embedding_dim)
         self.weight_quantizer = WeightQuantizer(weight, embedding.weight, self.rotation)
+        self.quantizes = True  # switched off by unquantized() alone
         self.train(embedding.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """ids (…) int64 to rows (…, K)."""
+        if not self.quantizes:
+            return F.embedding(input, self.weight, self.padding_idx)
         rows = F.embedding(input, self.weight_quantizer(self.weight, self.rotation), self.padding_idx)
         return rows if self.rotation.block == 1 else rotate_op(rows, self.rotation.block)
 

@@ -60,6 +60,7 @@ class QuantizedLinear(nn.Linear):
         self.weight_quantizer = WeightQuantizer(weight, linear.weight, self.rotation)
         self.activation_quantizer = ActivationQuantizer(activation)
         self.activation_quantizer.to(linear.weight.device)
+        self.quantizes = True  # switched off by unquantized() alone
         self.backend = resolve_backend(backend)
         self._weight_rows = WeightRows()
         self._plan = self._make_plan()
@@ -81,6 +82,8 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x_TK: Tensor | PendingInput) -> Tensor:
         """x (…, K) of any float dtype to (…, N); under autocast the product runs in autocast's dtype."""
+        if not self.quantizes:
+            return F.linear(as_tensor(x_TK), self.weight, self.bias)
         if self._plan is not None and x_TK.dtype in ENGINE_DTYPES:
             return self._on_integers(x_TK, self._plan)
         if self._misplaced is not None:

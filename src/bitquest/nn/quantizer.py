@@ -187,8 +187,13 @@ class _Operand(nn.Module):
     def _rotated(self, operand: Tensor, rotation: Rotation) -> Tensor:
         return operand if rotation.block == 1 else rotate_op(operand, rotation.block)
 
-    def _quantized(self, operand: Tensor, rotation: Rotation) -> Tensor:
+    def values_and_mask(self, operand: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """What the operand (…, K) becomes in rotated space, and M (bool, its shape; empty: every element passes)."""
         values, mask, _ = fake_quantize_op(operand, self.effective_step(), self.text, rotation.block)
+        return values, mask
+
+    def _quantized(self, operand: Tensor, rotation: Rotation) -> Tensor:
+        values, mask = self.values_and_mask(operand, rotation)
         if _recording and not torch.compiler.is_compiling():
             _record(self, mask, operand.numel())
         return values
