@@ -182,6 +182,20 @@ class LogSection:
 
 
 @dataclass(frozen=True)
+class DiagnoseSection:
+    """[diagnose]: a look at gradients, masks, errors, steps and codes every so many steps (0: never; see diagnose.py).
+
+    sequences: of the held-out text, each of data.context tokens; the same ones at every look.
+    """
+
+    every: int = setting(0, at_least=0)
+    sequences: int = setting(4, at_least=1)
+
+    def __post_init__(self) -> None:
+        check_settings("diagnose", self)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides a run. Build it from parts, `from_dict`, or `load_config`."""
 
@@ -195,6 +209,7 @@ class TrainConfig:
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     log: LogSection = field(default_factory=LogSection)
+    diagnose: DiagnoseSection = field(default_factory=DiagnoseSection)
 
     def __post_init__(self) -> None:
         check_settings("", self)
@@ -255,6 +270,7 @@ _SECTIONS: dict[str, Any] = {
     "evaluate": EvaluateSection,
     "checkpoint": CheckpointSection,
     "log": LogSection,
+    "diagnose": DiagnoseSection,
 }
 
 

@@ -23,7 +23,8 @@ class MetricsFile:
 
     def __init__(self, path: Path, after_step: int) -> None:
         if path.exists():
-            kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= after_step]
+            records = read_metrics(path) if after_step else []  # from step 0 on everything is written anew
+            kept = [json.dumps(record) + "\n" for record in records if record["step"] <= after_step]
             write_text_atomic(path, "".join(kept))
         self._path = path
         self._file = path.open("a", encoding="utf-8")
@@ -105,10 +106,11 @@ class WandbLogger:
 
 
 def _scalars(record: Record) -> dict[str, float]:
+    """A record's numbers; what it says of single blocks and layers is in metrics.jsonl alone."""
     return {
         f"{record['kind']}/{name}": value
         for name, value in record.items()
-        if name not in ("kind", "step") and value is not None
+        if name != "step" and isinstance(value, int | float)
     }
 
 

@@ -18,7 +18,7 @@ from bitquest.training.config import TrainConfig, differing_keys, load_config
 CONFIG, TOKENIZER, METRICS = "config.toml", "tokenizer.json", "metrics.jsonl"
 
 # Sections that decide what is written down, not what is learned: they may change when a run goes on.
-_FREE_SECTIONS = ("checkpoint", "log")
+_FREE_SECTIONS = ("checkpoint", "log", "diagnose")
 
 
 @dataclass(frozen=True)
