@@ -171,6 +171,18 @@ int32_t project(const bq_prologue &prologue, const float *x, int count, const bq
     return BQ_OK;
 }
 
+// Writes what the layers read, for who asked for it (bq_decoder.inputs): one part after the other, in their order.
+struct Inputs {
+    float *next;
+
+    int32_t note(const bq_prologue &prologue, const float *x, int64_t width) {
+        if (next == nullptr) return BQ_OK;
+        float *to = next;
+        next += width;
+        return apply(prologue, x, 1, width, to);
+    }
+};
+
 // Heads turned by the angles of a position, in place.
 void turn(float *x, int64_t heads, int64_t size, const float *cos, const float *sin) {
     const int64_t half = size / 2;
@@ -220,12 +232,16 @@ int32_t embed(const bq_decoder &d, int64_t token, float *out) {
     return bq_rotate_rows(out, d.width, BQ_FLOAT32, 1, d.width, table.block, nullptr, out, BQ_FLOAT32, 1);
 }
 
-int32_t attention(const bq_decoder &d, int64_t index, int64_t position, const Workspace &w, int32_t threads) {
+int32_t attention(const bq_decoder &d, int64_t index, int64_t position, const Workspace &w, Inputs &inputs,
+                  int32_t threads) {
     const bq_block &b = d.blocks[index];
     const int64_t size = d.head_size;
+    int32_t done = inputs.note(prologue_of(b.attention_norm), w.stream, d.width);
     const bq_layer *const readers[] = {&b.q, &b.k, &b.v};
     float *const outs[] = {w.q, w.k, w.v};
-    int32_t done = project(prologue_of(b.attention_norm), w.stream, 3, readers, outs, w.normed, threads);
+    if (done == BQ_OK) {
+        done = project(prologue_of(b.attention_norm), w.stream, 3, readers, outs, w.normed, threads);
+    }
     if (done == BQ_OK && b.q_norm.weight != nullptr) done = apply(prologue_of(b.q_norm), w.q, d.heads, size, w.q);
     if (done == BQ_OK && b.k_norm.weight != nullptr) done = apply(prologue_of(b.k_norm), w.k, d.kv_heads, size, w.k);
     if (done != BQ_OK) return done;
@@ -253,15 +269,17 @@ int32_t attention(const bq_decoder &d, int64_t index, int64_t position, const Wo
     parallel_for(2 * d.heads * seen * size < kWorthThreads ? 1 : threads, d.heads, 1, share);
     const bq_layer *const reader[] = {&b.o};
     float *const out[] = {w.projected};
-    done = project(prologue_of(b.o_norm), w.attended, 1, reader, out, w.normed, threads);
+    done = inputs.note(prologue_of(b.o_norm), w.attended, d.heads * size);
+    if (done == BQ_OK) done = project(prologue_of(b.o_norm), w.attended, 1, reader, out, w.normed, threads);
     if (done == BQ_OK) add(w.stream, w.projected, d.width);
     return done;
 }
 
-int32_t mlp(const bq_decoder &d, const bq_block &b, const Workspace &w, int32_t threads) {
+int32_t mlp(const bq_decoder &d, const bq_block &b, const Workspace &w, Inputs &inputs, int32_t threads) {
     const bq_layer *const readers[] = {&b.gate, &b.up};
     float *const outs[] = {w.gate, w.up};
-    int32_t done = project(prologue_of(b.mlp_norm), w.stream, 2, readers, outs, w.normed, threads);
+    int32_t done = inputs.note(prologue_of(b.mlp_norm), w.stream, d.width);
+    if (done == BQ_OK) done = project(prologue_of(b.mlp_norm), w.stream, 2, readers, outs, w.normed, threads);
     if (done != BQ_OK) return done;
     bq_prologue gated{};
     gated.kind = BQ_PROLOGUE_SWIGLU;
@@ -270,11 +288,12 @@ int32_t mlp(const bq_decoder &d, const bq_block &b, const Workspace &w, int32_t 
     const bq_layer *const reader[] = {&b.down};
     float *const out[] = {w.projected};
     if (b.down_norm.weight == nullptr) {
-        done = project(gated, w.gate, 1, reader, out, w.normed, threads);
+        done = inputs.note(gated, w.gate, d.hidden);
+        if (done == BQ_OK) done = project(gated, w.gate, 1, reader, out, w.normed, threads);
     } else {
         done = apply(gated, w.gate, 1, d.hidden, w.product);
-        if (done != BQ_OK) return done;
-        done = project(prologue_of(b.down_norm), w.product, 1, reader, out, w.normed, threads);
+        if (done == BQ_OK) done = inputs.note(prologue_of(b.down_norm), w.product, d.hidden);
+        if (done == BQ_OK) done = project(prologue_of(b.down_norm), w.product, 1, reader, out, w.normed, threads);
     }
     if (done == BQ_OK) add(w.stream, w.projected, d.width);
     return done;
@@ -299,11 +318,13 @@ int32_t bq_decode_token(const bq_decoder *decoder, int64_t token, int64_t positi
     if (d.workspace_bytes < w.bytes) return BQ_BAD_ARGUMENT;
     int32_t threads = d.threads > 0 ? d.threads : default_threads();
     if (step_bytes(d, position) < kWorthWaking) threads = 1;
+    Inputs inputs{d.inputs};
     int32_t done = embed(d, token, w.stream);
     for (int64_t i = 0; i < d.layers && done == BQ_OK; ++i) {
-        done = attention(d, i, position, w, threads);
-        if (done == BQ_OK) done = mlp(d, d.blocks[i], w, threads);
+        done = attention(d, i, position, w, inputs, threads);
+        if (done == BQ_OK) done = mlp(d, d.blocks[i], w, inputs, threads);
     }
+    if (done == BQ_OK) done = inputs.note(prologue_of(d.final_norm), w.stream, d.width);
     if (done != BQ_OK) return done;
     const bq_layer *const reader[] = {&d.head};
     float *const out[] = {logits};

@@ -32,7 +32,7 @@ extern "C" {
 #define BQ_API __attribute__((visibility("default")))
 #endif
 
-#define BQ_ABI_VERSION 1
+#define BQ_ABI_VERSION 2
 
 enum {
     BQ_OK = 0,
@@ -267,6 +267,9 @@ typedef struct bq_decoder {
     void *workspace;     /* bq_decoder_bytes long, on 64 bytes; used by one call at a time */
     int64_t workspace_bytes;
     int32_t threads;
+    float *inputs;       /* null; or what the layers read is written here, behind norms and products, before rotations:
+                          * of each block (D) for q, k and v, (H C) for o, (D) for gate and up, (F) for down, and at
+                          * last (D) for the head. For checks: the very values that were rounded */
 } bq_decoder;
 
 /* Checks all sizes, pointers and weights but the workspace, and says how long that must be. */

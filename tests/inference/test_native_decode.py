@@ -13,7 +13,7 @@ from bitquest.inference.engine import generate_by_layers
 from bitquest.inference.native_decode import NativeDecoder
 from bitquest.models import Llama, LlamaConfig
 from bitquest.models.fuse import fuse_
-from bitquest.nn import Scheme, pack_, quantize_
+from bitquest.nn import PackedLinear, Scheme, pack_, quantize_
 from bitquest.numerics.grids import UniformGrid
 from bitquest.numerics.quantizer import Quantizer
 from bitquest.numerics.scaling import Learned, PerTensor
@@ -145,6 +145,41 @@ def test_generating_decodes_natively_and_writes_the_same(scheme: str, monkeypatc
     assert steps == native[:-1]
     assert list(generate_by_layers(model, [1, 2, 3], 15, options)) == native
     assert len(steps) == 14  # not by the decoder
+
+
+@pytest.mark.parametrize("scheme", ["w1a1-h8", "w4a8-h4", "w2a2-h8"])
+@pytest.mark.parametrize("options", [{}, EVERY_NORM], ids=["plain", "norms"])
+def test_a_watched_step_shows_the_very_values_that_were_rounded(scheme: str, options: dict[str, Any]) -> None:
+    """Each layer, given what the step says that it read, gives the very bits that the step went on with."""
+    model = make(scheme, **options)
+    cache = KVCache(model.config)
+    decoder, seen = NativeDecoder(model, cache), dict[str, Tensor]()
+    for position in range(6):
+        logits = decoder.watched_step(position * 7, seen.__setitem__)
+        for i, block in enumerate(model.model.layers):
+            name = f"model.layers.{i}.self_attn.v_proj"
+            values = cache.values[i, 0, :, position].flatten()
+            assert torch.equal(block.self_attn.v_proj(seen[name]).flatten(), values)  # type: ignore[operator, union-attr]
+        assert torch.equal(model.lm_head(seen["lm_head"]).flatten(), logits)
+    names = {name for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+    assert set(seen) == names
+    assert torch.equal(decoder.step(3), NativeDecoder(model, cache)._decoder.step(3, 6))
+
+
+def test_a_watched_step_shows_what_the_layers_read() -> None:
+    model = make("w4a16", **EVERY_NORM)  # nothing to flip
+    seen, read, cache = dict[str, Tensor](), dict[str, Tensor](), KVCache(model.config)
+    decoder = NativeDecoder(model, KVCache(model.config))
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear | PackedLinear):
+            layer.register_forward_pre_hook(lambda _, x, name=name: read.update({name: x[0]}))
+    for position in range(4):
+        decoder.watched_step(position * 7, seen.__setitem__)
+        with torch.no_grad():
+            model(torch.tensor([[position * 7]]), cache)
+        assert set(seen) == set(read)
+        for name, x in seen.items():
+            assert torch.allclose(x, read[name], atol=1e-5 * float(x.abs().max())), name
 
 
 def test_a_step_allocates_nothing() -> None:

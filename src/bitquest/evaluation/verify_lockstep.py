@@ -32,6 +32,9 @@ CODE_TOLERANCE = 1e-5
 INPUT_TOLERANCE = 1e-5
 
 
+Watch = Callable[[str, Tensor], None]  # of a layer's name and its input (B, T, K)
+
+
 @dataclass
 class Gap:
     """Squared norms of a difference and of what it is relative to, added up over all tokens."""
@@ -110,8 +113,16 @@ class Lockstep:
         for name, (layer, twin) in self.pairs.items():
             self.layers[name].compared = _quantize_alike(layer, twin)
 
-    def run(self, tokens_BT: Tensor, caches: tuple[Any, Any, Any] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (B, T, V) of the trained, the forced and the free pass. caches: one for each, to go on from."""
+    def run(
+        self,
+        tokens_BT: Tensor,
+        caches: tuple[Any, Any, Any] | None = None,
+        freely: Callable[[Watch], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (B, T, V) of the trained, the forced and the free pass. caches: one for each, to go on from.
+
+        freely: what makes the free pass in place of the packed model's forward; it tells Watch each layer's input.
+        """
         first, second, third = caches if caches is not None else (None, None, None)
         self._position = first.length if first is not None else 0
         twins = {name: twin for name, (_, twin) in self.pairs.items()}
@@ -120,8 +131,11 @@ class Lockstep:
                 trained = self.trained(tokens_BT, first)
             with _hooked(twins, self._force, self._compare_output):
                 forced = self.packed(tokens_BT, second)
-            with _hooked(twins, self._watch, None):
-                free = self.packed(tokens_BT, third)
+            if freely is not None:
+                free = freely(self._watch)
+            else:
+                with _hooked(twins, self._watch, None):
+                    free = self.packed(tokens_BT, third)
         self.logits.add(forced, trained)
         for held in (self._inputs, self._outputs, self._codes):
             held.clear()

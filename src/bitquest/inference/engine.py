@@ -54,7 +54,7 @@ def generate(
 def generate_by_layers(
     model: Llama, prompt_ids: list[int], max_new_tokens: int, options: SamplingOptions | None = None
 ) -> Iterator[int]:
-    """As `generate`, but on a CPU every token goes through the layers one by one: the calls that verification replays.
+    """As `generate`, but every token goes through the layers one by one.
 
     Native decoding adds attention up in another order, so that a code may flip there which does not here.
     """
@@ -107,13 +107,19 @@ def _generate(
     speed.stopped = "the number of tokens asked for" if budget == max_new_tokens else f"the context of {context} tokens"
 
 
+def decoding_of(model: Llama) -> str:
+    """How `generate` decodes this model: "native" (one call a token), "graph" (CUDA) or "layers", one by one."""
+    if next(iter(model.buffers())).is_cuda:
+        return "graph" if StaticDecoder.refuses(model) is None else "layers"
+    return "native" if NativeDecoder.refuses(model) is None else "layers"
+
+
 def _decoder(model: Llama, cache: KVCache, native: bool) -> StaticDecoder | NativeDecoder | None:
     """What decodes faster than the model's own forward, if anything does."""
-    if not native:
-        return None
-    if cache.keys.is_cuda:
-        return StaticDecoder(model, cache) if StaticDecoder.refuses(model) is None else None
-    return NativeDecoder(model, cache) if NativeDecoder.refuses(model, cache) is None else None
+    way = decoding_of(model) if native else "layers"
+    if way == "graph":
+        return StaticDecoder(model, cache)
+    return NativeDecoder(model, cache) if way == "native" and NativeDecoder.refuses(model, cache) is None else None
 
 
 class TextEngine:

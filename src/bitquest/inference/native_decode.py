@@ -3,6 +3,7 @@
 The cache is the one that the model's own forward fills, so a prompt is prefilled in Python and decoding goes on here.
 """
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -38,6 +39,8 @@ class NativeDecoder:
             raise ConfigError(f"native decoding: {reason}")
         config, decoder = model.config, model.model
         self.cache = cache
+        self._readers = [reader for i in range(len(decoder.layers)) for reader in _readers(i)] + [("lm_head",)]
+        self._inputs: list[Tensor] | None = None
         sizes = native.Sizes(
             config.hidden_size,
             config.intermediate_size,
@@ -91,6 +94,30 @@ class NativeDecoder:
         logits_V = self._decoder.step(token, position)
         self.cache.advance(1)
         return logits_V
+
+    def watched_step(self, token: int, watch: Callable[[str, Tensor], None]) -> Tensor:
+        """As `step`, which afterwards hands watch(name, x) the float32 input (1, 1, K) of every layer, before rotation.
+
+        These are the values that were rounded, to the bit, so a layer's `encode_input` gives the codes that were used.
+        """
+        if self._inputs is None:
+            self._inputs = self._decoder.watch()
+        logits_V = self.step(token)
+        for names, x_K in zip(self._readers, self._inputs, strict=True):
+            for name in names:
+                watch(name, x_K.view(1, 1, -1))
+        return logits_V
+
+
+def _readers(block: int) -> list[tuple[str, ...]]:
+    """Names of the layers of a block, those that read one input together, in the order of the engine."""
+    attention, mlp = f"model.layers.{block}.self_attn", f"model.layers.{block}.mlp"
+    return [
+        (f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"),
+        (f"{attention}.o_proj",),
+        (f"{mlp}.gate_proj", f"{mlp}.up_proj"),
+        (f"{mlp}.down_proj",),
+    ]
 
 
 def _block(block: Block) -> native.Block:

@@ -6,7 +6,7 @@ from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_vo
 from functools import cache
 from pathlib import Path
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 SCALE_GAUSSIAN, SCALE_ABSMAX, SCALE_ABSMEAN, SCALE_GIVEN = 0, 1, 2, 3
 MASK_RANGE, MASK_DISTANCE = 0, 1

@@ -88,6 +88,7 @@ class CDecoder(Structure):
         ("workspace", c_void_p),
         ("workspace_bytes", c_int64),
         ("threads", c_int32),
+        ("inputs", c_void_p),
     ]
 
 
@@ -232,6 +233,20 @@ class Decoder:
         self._logits = torch.empty(sizes.vocabulary, dtype=torch.float32)
         self._held.append(workspace)
         self._reference, self._out = byref(c), self._logits.data_ptr()
+        self._parts = [
+            *[sizes.width, sizes.heads * sizes.head_size, sizes.width, sizes.hidden] * len(blocks),
+            sizes.width,
+        ]
+
+    def watch(self) -> list[Tensor]:
+        """What the layers read at every later step, filled in by it: float32, behind norms, before rotations.
+
+        Of each block (D,) for q, k and v, (H·C,) for o, (D,) for gate and up, (F,) for down; at last (D,) for the head.
+        """
+        inputs = torch.empty(sum(self._parts), dtype=torch.float32)
+        self._c.inputs = inputs.data_ptr()
+        self._held.append(inputs)
+        return list(inputs.split(self._parts))
 
     def step(self, token: int, position: int) -> Tensor:
         """Logits after `token` at `position`; the cache holds the positions before it, and this one afterwards."""
