@@ -67,8 +67,24 @@ def _held_out(record: Record) -> str:
     return f"validation {record['loss']:.4f} nats/token, {record['bits_per_byte']:.4f} bits/byte"
 
 
+def _looked(record: Record) -> str:
+    """A look in a line; what it has no number for is left out."""
+    parts = {
+        "alignment, top to bottom": _series(record, "alignment_top", "alignment_bottom", form=".3f", between=" → "),
+        "masked": _series(record, "masked_weights", "masked_inputs", form=".2%"),
+        "error / optimum": _series(record, "excess_weights", "excess_inputs", form=".2f"),
+        "flipped": _series(record, "flipped", form=".2%"),
+        "returned": _series(record, "returned", form=".2%"),
+    }
+    return "look: " + ", ".join(f"{name} {value}" for name, value in parts.items() if value)
+
+
+def _series(record: Record, *keys: str, form: str, between: str = " and ") -> str:
+    return between.join(format(record[key], form) for key in keys if record[key] is not None)
+
+
 class LineDisplay:
-    """Plain lines: the start, at most one step in ten seconds, every evaluation."""
+    """Plain lines: the start, at most one step in ten seconds, every evaluation and every look."""
 
     def __init__(self, console: Console, interval: float = _LINE_INTERVAL) -> None:
         self._console, self._interval = console, interval
@@ -90,6 +106,9 @@ class LineDisplay:
     def on_evaluate(self, record: Record) -> None:
         self._print(f"step {record['step']}/{self._pace.steps}: {_held_out(record)}")
 
+    def on_diagnose(self, record: Record) -> None:
+        self._print(f"step {record['step']}/{self._pace.steps}: {_looked(record)}")
+
     def on_end(self, result: TrainResult | None) -> None:
         pass
 
@@ -101,7 +120,7 @@ class LineDisplay:
 
 
 class LiveDisplay:
-    """A bar and the current numbers, redrawn in place; evaluations stay above as lines."""
+    """A bar and the current numbers, redrawn in place; evaluations and looks stay above as lines."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -127,6 +146,9 @@ class LiveDisplay:
 
     def on_evaluate(self, record: Record) -> None:
         self._console.print(f"step {record['step']}: {_held_out(record)}", highlight=False)
+
+    def on_diagnose(self, record: Record) -> None:
+        self._console.print(f"step {record['step']}: {_looked(record)}", highlight=False)
 
     def on_end(self, result: TrainResult | None) -> None:
         if self._live.is_started:

@@ -34,6 +34,7 @@ from bitquest.training.checkpoint import (
 )
 from bitquest.training.config import TrainConfig
 from bitquest.training.data import Tokens, open_tokens
+from bitquest.training.diagnose import Diagnosis
 from bitquest.training.diagnostics import StepClock, environment, memory_mb
 from bitquest.training.evaluate import HeldOutLoss, held_out_loss
 from bitquest.training.loggers import Loggers, Record, require_loggers
@@ -82,7 +83,7 @@ class TrainResult:
 
 
 class Display(Protocol):
-    """Listens to a run: `on_step` and `on_evaluate` get the records of metrics.jsonl."""
+    """Listens to a run: `on_step`, `on_evaluate` and, if it has one, `on_diagnose` get the records of metrics.jsonl."""
 
     def on_start(self, start: RunStart) -> None: ...
     def on_step(self, record: Record) -> None: ...
@@ -223,6 +224,7 @@ class _Session:
             self.progress = {name: checkpoint.state.get(name, start) for name, start in self.progress.items()}
             self.notices = _changes(checkpoint.state.get("environment", {}), self.environment)
         self.clock = StepClock(self.progress["seconds"])
+        self.diagnosis = Diagnosis(config, self.model, self.held_out, self.stepper.precision, checkpoint)
 
     def run(self, display: Display | None, should_stop: Callable[[], bool] | None) -> TrainResult:
         loggers = Loggers(self.run_dir, self.config, self.step)
@@ -245,6 +247,8 @@ class _Session:
     def _loop(self, loggers: Loggers, display: Display | None, should_stop: Callable[[], bool] | None) -> TrainResult:
         config, steps = self.config, self.config.train.steps
         tokens_per_step = config.train.batch_size * config.data.context
+        if self.step == 0:
+            self._emit(self.diagnosis.look_if_due(0, self.clock), loggers, display)
         self.clock.lap()
         lap_from, stopping = self.step, False
         while self.step < steps and not stopping:
@@ -268,6 +272,7 @@ class _Session:
             if evaluates:
                 with self.clock.paused():
                     self._emit(self._evaluate(), loggers, display)
+            self._emit(self.diagnosis.look_if_due(step, self.clock), loggers, display)
             if saves:
                 with self.clock.paused():
                     self.progress["seconds"] = self.clock.seconds
@@ -275,10 +280,12 @@ class _Session:
                     self._save()
         return _result(config, self.step, self._state(), interrupted=self.step < steps, resumed_from=self.resumed_from)
 
-    def _emit(self, record: Record, loggers: Loggers, display: Display | None) -> None:
-        loggers.write(record)
-        if display is not None:
-            (display.on_step if record["kind"] == "train" else display.on_evaluate)(record)
+    def _emit(self, record: Record | None, loggers: Loggers, display: Display | None) -> None:
+        if record is not None:
+            loggers.write(record)
+            told = {"train": "on_step", "evaluate": "on_evaluate", "diagnose": "on_diagnose"}[record["kind"]]
+            if (listen := getattr(display, told, None)) is not None:  # on_diagnose is not everybody's
+                listen(record)
 
     def _train_record(self, result: StepResult, lr: float, tokens_per_s: float) -> Record:
         return {
@@ -317,7 +324,7 @@ class _Session:
         )
 
     def _save(self) -> None:
-        tensors = named_tensors(optimizer_tensors(self.optimizer, self.model))
+        tensors = named_tensors(optimizer_tensors(self.optimizer, self.model) | self.diagnosis.tensors())
         tensors[_CPU_RNG] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors[_CUDA_RNG] = torch.cuda.get_rng_state(self.device)
