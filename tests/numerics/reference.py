@@ -6,6 +6,7 @@ from torch import Tensor
 from bitquest.numerics import (
     BlockHadamard,
     Clip,
+    Inside,
     Learned,
     NofM,
     NoRotation,
@@ -89,6 +90,10 @@ def forward(x: Tensor, quantizer: Quantizer, rotation: Rotation) -> tuple[Tensor
         limit = estimator.ratio * quantizer.grid.max_level
         mask = t.abs() <= limit
         doubtful |= (t.abs() - limit).abs() < 1e-5 * limit
+    elif isinstance(estimator, Inside):
+        low, high = float(levels[0]), float(levels[-1])
+        mask = (t >= low) & (t <= high)
+        doubtful |= torch.minimum((t - low).abs(), (t - high).abs()) < 1e-5 * quantizer.grid.max_level
     else:
         assert isinstance(estimator, Trust)
         gaps = levels[1:] - levels[:-1]

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bitquest.errors import ConfigError
-from bitquest.numerics.fake_quant import Encoded, encode
+from bitquest.numerics.fake_quant import Encoded, encode, fit_offset
 from bitquest.numerics.quantizer import Quantizer
-from bitquest.numerics.rotations import Rotation
-from bitquest.numerics.scaling import EPSILON
+from bitquest.numerics.rotations import NoRotation, Rotation
+from bitquest.numerics.scaling import EPSILON, Learned
 from bitquest.ops.engine import bits_to_mask
 from bitquest.ops.registry import fake_quantize_backward_op, fake_quantize_op, quantizer_text, rotate_op
 from bitquest.ops.rows import QuantizedRows
@@ -174,6 +174,11 @@ class _Operand(nn.Module):
         else:
             self.step = nn.Parameter(step)
 
+    def respecify(self, spec: Quantizer | None) -> None:
+        """Quantize by another specification from now on. Neither it nor the present one may have a learned step."""
+        assert self.step is None and (spec is None or not spec.is_learned), "a learned step belongs to its quantizer"
+        self.spec, self.text = spec, quantizer_text(spec) if spec is not None else ""
+
     def effective_step(self) -> Tensor | None:
         """The Δ in use, positive whatever training does to the parameter; None where the scale rule computes it."""
         return None if self.step is None else self.step.abs().clamp_min(EPSILON)
@@ -208,13 +213,18 @@ class _Operand(nn.Module):
 class ActivationQuantizer(_Operand):
     """Quantizes a layer's input, once for all layers that read the same tensor.
 
-    A learned step is one per layer, shape (1, 1), NaN until the first input sets it to the Gaussian fit.
+    A learned step is one per layer, shape (1, 1), NaN until the first input sets it to where its rule starts. With a
+    learned offset β, shape (1,), the operand is Q(x_h − β) + β in rotated space (LSQ+).
     """
+
+    offset: Tensor | None
 
     def __init__(self, spec: Quantizer | None) -> None:
         super().__init__(
             spec, torch.full((1, 1), torch.nan, dtype=torch.float32) if spec is not None and spec.is_learned else None
         )
+        has_offset = spec is not None and isinstance(spec.scale, Learned) and spec.scale.offset
+        self.register_parameter("offset", nn.Parameter(torch.zeros(1, dtype=torch.float32)) if has_offset else None)
 
     def _start(self, x: Tensor, rotation: Rotation) -> None:
         assert self.step is not None and self.spec is not None
@@ -222,8 +232,28 @@ class ActivationQuantizer(_Operand):
             return
         if torch.compiler.is_compiling():
             raise ConfigError("a learned activation step starts from data: run one forward pass before torch.compile")
+        flat = x.detach().reshape(-1, x.shape[-1])
         with torch.no_grad():
-            self.step.copy_(encode(x.detach().reshape(-1, x.shape[-1]), self.spec, rotation).step)
+            if self.offset is None:
+                self.step.copy_(encode(flat, self.spec, rotation).step)
+            else:
+                step, offset = fit_offset(rotation.apply(flat), self.spec)
+                self.step.copy_(step)
+                self.offset.copy_(offset)
+
+    def encode(self, operand: Tensor, rotation: Rotation) -> Encoded | None:
+        """Codes and step of the operand (…, K), of x_h − β with an offset; None if it is not quantized."""
+        if self.offset is None:
+            return super().encode(operand, rotation)
+        shifted = rotation.resolve(operand.shape[-1]).apply(operand.detach()) - self.offset.detach()
+        return super().encode(shifted, NoRotation())
+
+    def _quantized(self, operand: Tensor, rotation: Rotation) -> Tensor:
+        if self.offset is None:
+            return super()._quantized(operand, rotation)
+        # Autograd gives LSQ+'s gradients: M to x and, since β enters twice, 1 − M to β.
+        shifted = self._rotated(operand, rotation).to(torch.float32) - self.offset
+        return (super()._quantized(shifted, NoRotation()) + self.offset).to(operand.dtype)
 
     def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
         """x (…, K) quantized, or only rotated, in rotated space and in x's dtype."""

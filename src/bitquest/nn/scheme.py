@@ -3,15 +3,18 @@
 import difflib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
 from typing import Any
 
 from bitquest.errors import ConfigError
+from bitquest.nn.methods import METHODS
 from bitquest.numerics.estimators import Clip, Estimator, StraightThrough, Trust
 from bitquest.numerics.grids import FP4, TERNARY, Grid, UniformGrid
 from bitquest.numerics.quantizer import Quantizer
 from bitquest.numerics.rotations import BlockHadamard, NoRotation, Rotation, rotation_from_json
-from bitquest.numerics.scaling import Granularity, PerGroup, PerRow, PerTensor
+from bitquest.numerics.scaling import Granularity, PerGroup, PerTensor
 from bitquest.numerics.sparsity import Dense, NofM, Sparsity
 
 # METHOD, "Backward": what "trust" means at 1 bit, with the rotation and without.
@@ -22,9 +25,13 @@ _SPARSITIES: dict[str, Sparsity] = {"2:4": NofM(2, 4), "4:8": NofM(2, 4, pair=Tr
 _ESTIMATORS: dict[str, Estimator] = {"ste": StraightThrough(), "clip": Clip(1.0)}
 _FORMATS: dict[str, Grid] = {"fp4": FP4, "ternary": TERNARY}
 _TABLE_BITS = {"h8": 8, "h4": 4}
-_GROUPS = ("g32", "g64", "g128")
+# Which weights share a step; groups also of an activation whose step is computed.
+_GRANULARITIES: dict[str, Granularity] = {f"g{size}": PerGroup(size) for size in (32, 64, 128)} | {
+    "tensor": PerTensor()
+}
 _GRAMMAR = (
-    "none, or wBaB[-fp4|-ternary][-2:4|-4:8][-g32|-g64|-g128][-norot][-ste|-clip][-h8|-h4] with B from 1 to 8, or 16"
+    "none, or wBaB[-fp4|-ternary][-2:4|-4:8][-g32|-g64|-g128|-tensor][-norot]"
+    f"[-ste|-clip|{'|'.join(f'-{name}' for name in METHODS)}][-h8|-h4] with B from 1 to 8, or 16"
 )
 _WIDTHS = re.compile(r"w(0|[1-9][0-9]{0,2})a(0|[1-9][0-9]{0,2})")
 
@@ -126,36 +133,48 @@ def _compose(text: str, weight_bits: int, activation_bits: int, suffixes: list[s
             raise ConfigError(f"scheme {text!r} names more than one {what}: {', '.join(found)}")
         return found[0] if found else None
 
-    known = [*_FORMATS, *_SPARSITIES, *_GROUPS, "norot", *_ESTIMATORS, *_TABLE_BITS]
+    known = [*_FORMATS, *_SPARSITIES, *_GRANULARITIES, "norot", *_ESTIMATORS, *METHODS, *_TABLE_BITS]
     for suffix in suffixes:
         if suffix not in known:
             nearest = difflib.get_close_matches(suffix, known, 1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
             raise ConfigError(f"scheme {text!r}: {suffix!r} is unknown{hint} A scheme is {_GRAMMAR}")
-    format_name, group = pick(_FORMATS, "format"), pick(_GROUPS, "group size")
+    format_name, shared = pick(_FORMATS, "format"), pick(_GRANULARITIES, "group size")
     sparsity = _SPARSITIES.get(pick(_SPARSITIES, "sparsity") or "", Dense())
-    estimator_name, table = pick(_ESTIMATORS, "estimator"), pick(_TABLE_BITS, "width of embedding and head")
+    how, table = pick([*_ESTIMATORS, *METHODS], "estimator or method"), pick(_TABLE_BITS, "width of embedding and head")
     rotation: Rotation = NoRotation() if pick(["norot"], "norot") else BlockHadamard()
-    granularity: Granularity = PerGroup(int(group[1:])) if group else PerRow()
 
-    def operand(letter: str, bits: int, pattern: Sparsity) -> Quantizer | None:
+    def operand(letter: str, bits: int) -> Quantizer | None:
         if bits == 16:
             return None
         if not 1 <= bits <= 8:
             raise ConfigError(f"scheme {text!r}: {letter}{bits} is no width; it is 1 to 8, or 16 for not quantized")
-        grid = _FORMATS[format_name] if format_name else UniformGrid(bits)
-        if grid.bits != bits:
+        grid = _FORMATS[format_name] if format_name else None
+        if grid is not None and grid.bits != bits:
             raise ConfigError(
                 f"scheme {text!r}: {format_name} codes have {grid.bits} bits, so write {letter}{grid.bits}"
             )
-        estimator = _ESTIMATORS[estimator_name] if estimator_name else default_estimator(grid, rotation)
-        return Quantizer(grid, granularity, estimator=estimator, sparsity=pattern)
+        if how in METHODS:
+            method = METHODS[how]
+            try:
+                made = (method.weight if letter == "w" else method.activation)(bits, grid)
+            except ConfigError as error:
+                raise ConfigError(f"scheme {text!r}: {error}") from None
+        else:
+            grid = UniformGrid(bits) if grid is None else grid
+            made = Quantizer(grid, estimator=_ESTIMATORS[how] if how else default_estimator(grid, rotation))
+        if shared is None or (letter == "a" and (made.is_learned or shared == "tensor")):
+            return made
+        return replace(made, granularity=_GRANULARITIES[shared])
 
-    weight = operand("w", weight_bits, sparsity)
-    activation = operand("a", activation_bits, Dense())
-    if weight is None and not isinstance(sparsity, Dense):
-        raise ConfigError(f"scheme {text!r}: sparsity is of quantized weights, and w16 does not quantize them")
-    if weight is None and activation is None and (format_name or group or estimator_name):
+    weight, activation = operand("w", weight_bits), operand("a", activation_bits)
+    if not isinstance(sparsity, Dense):
+        if weight is None:
+            raise ConfigError(f"scheme {text!r}: sparsity is of quantized weights, and w16 does not quantize them")
+        weight = replace(weight, sparsity=sparsity)
+    if weight is None and shared == "tensor":
+        raise ConfigError(f"scheme {text!r}: -tensor is of quantized weights, and w16 does not quantize them")
+    if weight is None and activation is None and (format_name or shared or how):
         raise ConfigError(f"scheme {text!r}: w16a16 quantizes nothing that {'-'.join(suffixes)} could apply to")
     tables = Quantizer(UniformGrid(_TABLE_BITS[table])) if table else None
     return Scheme(weight, activation, rotation, tables, tables)
@@ -168,26 +187,24 @@ def default_estimator(grid: Grid, rotation: Rotation) -> Estimator:
     return Trust()
 
 
+@lru_cache(maxsize=1024)
 def _short_name(scheme: Scheme) -> str | None:
-    """The canonical short name: the first one that parses back to this very scheme."""
+    """The canonical short name: the first one, with the fewest parts, that parses back to this very scheme."""
     if scheme == Scheme(rotation=NoRotation()):
         return "none"
 
     def bits(spec: Quantizer | None) -> int:
         return 16 if spec is None else spec.bits
 
+    widths = f"w{bits(scheme.weight)}a{bits(scheme.activation)}"
     specs = [spec for spec in (scheme.weight, scheme.activation) if spec is not None]
-    parts = [f"w{bits(scheme.weight)}a{bits(scheme.activation)}"]
-    if specs:
-        parts += [name for name, grid in _FORMATS.items() if grid == specs[0].grid]
-        parts += [name for name, pattern in _SPARSITIES.items() if pattern == specs[0].sparsity]
-        if isinstance(specs[0].granularity, PerGroup):
-            parts.append(f"g{specs[0].granularity.size}")
-    if isinstance(scheme.rotation, NoRotation):
-        parts.append("norot")
-    tables = [name for name, b in _TABLE_BITS.items() if scheme.head is not None and scheme.head.bits == b]
-    for estimator in ([], ["ste"], ["clip"]):
-        candidate = "-".join([*parts, *estimator, *tables])
+    sparsities = [f"-{name}" for name, pattern in _SPARSITIES.items() if specs and pattern == specs[0].sparsity]
+    norot = "-norot" if isinstance(scheme.rotation, NoRotation) else ""
+    tables = [f"-{name}" for name, b in _TABLE_BITS.items() if scheme.head is not None and scheme.head.bits == b]
+    axes = [["", *(f"-{name}" for name in names)] for names in ((*_ESTIMATORS, *METHODS), _FORMATS, _GRANULARITIES)]
+    candidates = sorted(product(*axes), key=lambda parts: sum(map(bool, parts))) if specs else [("", "", "")]
+    for how, format_name, shared in candidates:
+        candidate = "".join([widths, format_name, *sparsities, shared, norot, how, *tables])
         try:
             if Scheme.parse(candidate) == scheme:
                 return candidate

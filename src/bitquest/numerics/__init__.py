@@ -1,8 +1,8 @@
 """The definition of the method: pure torch, no dispatch, no I/O. Start with fake_quant.py."""
 
-from bitquest.numerics.estimators import ALL_ESTIMATORS, Clip, Estimator, StraightThrough, Trust
+from bitquest.numerics.estimators import ALL_ESTIMATORS, Clip, Estimator, Inside, StraightThrough, Trust
 from bitquest.numerics.fake_quant import Encoded, dequantize, encode, fake_quantize, quantize
-from bitquest.numerics.grids import ALL_GRIDS, FP4, TERNARY, CodebookGrid, Grid, UniformGrid
+from bitquest.numerics.grids import ALL_GRIDS, FP4, INT8_SYMMETRIC, TERNARY, CodebookGrid, Grid, UniformGrid, integer_grid
 from bitquest.numerics.integers import IntegerForm, integer_form, integer_linear, weight_only_linear
 from bitquest.numerics.multipliers import gaussian_mse, gaussian_step
 from bitquest.numerics.packing import pack, packed_width, unpack
@@ -31,6 +31,7 @@ __all__ = [
     "ALL_SCALE_RULES",
     "ALL_SPARSITIES",
     "FP4",
+    "INT8_SYMMETRIC",
     "TERNARY",
     "AbsMax",
     "AbsMean",
@@ -43,6 +44,7 @@ __all__ = [
     "GaussianMSE",
     "Granularity",
     "Grid",
+    "Inside",
     "IntegerForm",
     "Learned",
     "NoRotation",
@@ -63,6 +65,7 @@ __all__ = [
     "gaussian_mse",
     "gaussian_step",
     "integer_form",
+    "integer_grid",
     "integer_linear",
     "pack",
     "packed_width",

@@ -66,6 +66,23 @@ class Clip:
 
 
 @dataclass(frozen=True)
+class Inside:
+    """M = 1 from the lowest to the highest level: on a lopsided grid, such as −2, −1, 0, 1, more than Clip(1.0) masks.
+
+    The mask of LSQ (arXiv 1902.08153, eq. 5). Under N:M sparsity a zeroed element obeys the same rule.
+    """
+
+    def range(self, grid: Grid) -> tuple[float, float] | None:
+        return self.range_of_dropped(grid)
+
+    def range_of_dropped(self, grid: Grid) -> tuple[float, float]:
+        return (grid.levels[0], grid.levels[-1])
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "inside"}
+
+
+@dataclass(frozen=True)
 class Trust:
     """M = 1[|x_q − x_h| ≤ T], T = factor × half the outermost gap of the grid (Δ/2 on a uniform grid).
 
@@ -97,8 +114,16 @@ class Trust:
         return {"kind": "trust", "factor": float(self.factor)}
 
 
-Estimator = StraightThrough | Clip | Trust
-ALL_ESTIMATORS: tuple[Estimator, ...] = (StraightThrough(), Clip(), Clip(1.3), Trust(), Trust(0.5), Trust(2.0))
+Estimator = StraightThrough | Clip | Inside | Trust
+ALL_ESTIMATORS: tuple[Estimator, ...] = (
+    StraightThrough(),
+    Clip(),
+    Clip(1.3),
+    Inside(),
+    Trust(),
+    Trust(0.5),
+    Trust(2.0),
+)
 
 
 def passes_everything(estimator: Estimator, grid: Grid) -> bool:
@@ -132,8 +157,10 @@ def estimator_from_json(fields: dict[str, Any]) -> Estimator:
             return StraightThrough()
         case {"kind": "clip", "ratio": ratio, **rest} if not rest:
             return Clip(ratio)
+        case {"kind": "inside", **rest} if not rest:
+            return Inside()
         case {"kind": "trust", "factor": factor, **rest} if not rest:
             return Trust(factor)
     raise ConfigError(
-        f"not an estimator: {fields!r}; expected kind 'straight_through', 'clip' (ratio) or 'trust' (factor)"
+        f"not an estimator: {fields!r}; expected kind 'straight_through', 'clip' (ratio), 'inside' or 'trust' (factor)"
     )

@@ -14,7 +14,8 @@ A linear layer computes y = x Wᵀ. QuEST trains it with both x and W reduced to
 
        ∂L/∂x = (G ⊙ M) Hᵀ,         M, σ and s constants to autograd.
 
-   A learned step (LSQ) also receives ∂L/∂Δ = Σ G ⊙ (x_q − x_h ⊙ M)/Δ over the elements that share it.
+   A learned step (LSQ) also receives ∂L/∂Δ = Σ G ⊙ (x_q − x_h ⊙ M)/Δ over the elements that share it; other methods
+   give it other gradients (scaling.py, `Learned`).
 
 This file is the definition: `fake_quantize_forward` and `fake_quantize_backward` say it in float32, whatever the
 dtype that comes in, and every faster path is tested against them. Sizes: x is (…, K), steps are (…, 1), (…, K/group)
@@ -31,6 +32,7 @@ from bitquest.numerics.estimators import mask_after_rounding, mask_before_roundi
 from bitquest.numerics.grids import Grid
 from bitquest.numerics.quantizer import Quantizer
 from bitquest.numerics.rotations import Rotation
+from bitquest.numerics.scaling import Learned
 
 
 class Encoded(NamedTuple):
@@ -46,7 +48,7 @@ class FakeQuantized(NamedTuple):
 
     values: Tensor  # (…, K) in rotated space, dtype of the input
     mask: Tensor  # bool (…, K): M; empty when every element passes
-    residual: Tensor  # float32 (…, K): (x_q − x_h ⊙ M)/Δ for a learned step; else empty
+    residual: Tensor  # float32 (…, K): ∂x_q/∂Δ of each element for a learned step; else empty
 
 
 def _in_steps(
@@ -89,10 +91,21 @@ def fake_quantize_forward(
         if mask is None:
             mask = mask_after_rounding(quantizer.estimator, before, q, grid)
         if learned:
-            residual = (q - (before * mask if mask.numel() else before)).reshape(x.shape)
+            residual = _residual(q, before, mask, quantizer).reshape(x.shape)
     assert mask is not None
     values = q.mul_(delta).reshape(x.shape).to(x.dtype)
     return FakeQuantized(values, mask.reshape(x.shape) if mask.numel() else mask, residual)
+
+
+def _residual(q: Tensor, before: Tensor, mask: Tensor, quantizer: Quantizer) -> Tensor:
+    """∂x_q/∂Δ of every element, by the rule of the learned step. q, before in units of Δ; an empty mask: all pass."""
+    assert isinstance(quantizer.scale, Learned)
+    match quantizer.scale.gradient:
+        case "pact":
+            return q * ~mask if mask.numel() else torch.zeros_like(q)
+        case "elastic":
+            return q.clone()
+    return q - (before * mask if mask.numel() else before)
 
 
 def fake_quantize_backward(gradient: Tensor, mask: Tensor, rotation: Rotation) -> Tensor:
@@ -102,12 +115,15 @@ def fake_quantize_backward(gradient: Tensor, mask: Tensor, rotation: Rotation) -
 
 
 def step_gradient(gradient: Tensor, residual: Tensor, step_shape: torch.Size, quantizer: Quantizer) -> Tensor:
-    """∂L/∂Δ of a learned step, with LSQ's scale 1/√(elements per step · largest level). float32, shaped as the step."""
+    """∂L/∂Δ of a learned step, shaped as the step, float32. LSQ's is scaled by 1/√(N · largest level); see `Learned`."""
+    assert isinstance(quantizer.scale, Learned)
     product = gradient.to(torch.float32) * residual
     grouped = quantizer.granularity.grouped(product)
-    summed = grouped.sum(-1, keepdim=True)
-    per_step = grouped.shape[-1]
-    return summed.reshape(step_shape).div_((per_step * quantizer.grid.max_level) ** 0.5)
+    summed = grouped.sum(-1, keepdim=True).reshape(step_shape)
+    if quantizer.scale.gradient == "pact":
+        return summed
+    elements = residual.shape[-1] if quantizer.scale.gradient == "lsq_features" else grouped.shape[-1]
+    return summed.div_((elements * quantizer.grid.levels[-1]) ** 0.5)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -148,6 +164,27 @@ def encode(x: Tensor, quantizer: Quantizer, rotation: Rotation, step: Tensor | N
             codes, kept = codes * kept, kept.reshape(x.shape)
         shape = quantizer.granularity.step_shape(tuple(x.shape)) if step is None else tuple(step.shape)
         return Encoded(codes.reshape(x.shape), delta.reshape(shape), kept)
+
+
+_FITTING = 20  # rounds; each can only lower the error
+
+
+def fit_offset(x_h: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
+    """Where LSQ+ starts: step (1, 1) and offset (1,), float32, of least ‖Q((x_h − β)/Δ)·Δ + β − x_h‖² (eq. 12).
+
+    x_h: (…, K) rotated. Alternates between the nearest levels and, given those, the line of least squares.
+    """
+    values = x_h.detach().to(torch.float32).reshape(1, -1)
+    offset = values.mean()
+    step = quantizer.scale.step(values - offset, quantizer.grid).reshape(())
+    for _ in range(_FITTING):
+        levels = quantizer.grid.nearest_((values - offset) / step)
+        spread, middle = torch.var_mean(levels, correction=0)
+        slope = ((levels - middle) * values).mean() / spread
+        if not bool(slope > 0):  # all values on one level
+            break
+        step, offset = slope, values.mean() - slope * middle
+    return step.reshape(1, 1), offset.reshape(1)
 
 
 def quantize(x: Tensor, quantizer: Quantizer, rotation: Rotation) -> tuple[Tensor, Tensor]:

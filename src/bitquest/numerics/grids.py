@@ -166,12 +166,31 @@ TERNARY = CodebookGrid("ternary", (-1.0, 0.0, 1.0))
 _FP4_POSITIVE = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 FP4 = CodebookGrid("fp4", (*(-level for level in reversed(_FP4_POSITIVE)), 0.0, *_FP4_POSITIVE))
 
+
+
+def integer_grid(bits: int, symmetric: bool = False) -> CodebookGrid:
+    """The integers of two's complement, with a zero: −2^(bits−1), …, 2^(bits−1) − 1. bits: 2 to 8.
+
+    symmetric: without the lowest one. The grid of LSQ (arXiv 1902.08153) and, symmetric at 8 bits, of BitNet's
+    activations. Beside `UniformGrid` it spends a level on one side to have a zero.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ConfigError(f"integer_grid takes 2 to 8 bits, not {bits!r}: at 1 bit it would have no positive level")
+    half = 2 ** (bits - 1)
+    name = f"int{bits}-symmetric" if symmetric else f"int{bits}"
+    return CodebookGrid(name, tuple(float(level) for level in range(1 - half if symmetric else -half, half)))
+
+
+INT8_SYMMETRIC = integer_grid(8, symmetric=True)
+
 Grid = UniformGrid | CodebookGrid
 ALL_GRIDS: tuple[Grid, ...] = (
     *(UniformGrid(bits) for bits in range(1, 9)),
     UniformGrid(8, exact=True),
     TERNARY,
     FP4,
+    integer_grid(2),
+    INT8_SYMMETRIC,
     CodebookGrid("lopsided", (-1.0, -0.25, 0.5, 2.0)),
 )
 

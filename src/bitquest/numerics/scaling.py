@@ -123,21 +123,60 @@ class AbsMean:
         return {"kind": "absmean"}
 
 
+STARTS = ("gaussian", "lsq", "three_sigma", "absmax", "absmean", "stretched")
+GRADIENTS = ("lsq", "lsq_features", "pact", "elastic")
+
+
 @dataclass(frozen=True)
 class Learned:
-    """Δ is a parameter of the module, trained with the gradient of LSQ (Esser et al., arXiv 1902.08153).
+    """Δ is a parameter of the module. The fields say where training starts and which gradient the papers give it.
 
-    As a function of the values it is only where training starts: the Gaussian fit.
+    start, with Q the outermost positive level (1 for the two levels of 1 bit):
+    "gaussian" GaussianMSE(); "lsq" Δ = 2·mean|x|/√Q (arXiv 1902.08153, section 2.1); "three_sigma" Δ = max|μ ± 3σ| over
+    half the number of levels (LSQ+, 2004.09576, eq. 10); "absmax" Q·Δ = max|x|; "absmean" the outermost level at
+    mean|x|; "stretched" (Q + ½)·Δ = max|x|, where the intervals of the outermost levels end (ParetoQ, 2502.02631).
+
+    gradient, summed over the elements that share Δ, G that of x_q, M the estimator's mask:
+    "lsq" G ⊙ (x_q − x_h ⊙ M)/Δ over √(N·Q), N the number of those elements (LSQ, section 2.2); "lsq_features" the same
+    with N the width of a row, LSQ's N for activations; "pact" G ⊙ (1 − M) ⊙ x_q/Δ: only clipped elements reach the clip
+    (PACT, 1805.06085, eq. 3, two-sided); "elastic" G ⊙ x_q/Δ over √(N·Q): ParetoQ's at 1 bit.
+
+    offset: x_q = Q((x_h − β)/Δ)·Δ + β with a learned β, for activations (LSQ+). Raises ConfigError for unknown names.
     """
 
+    start: str = "gaussian"
+    gradient: str = "lsq"
+    offset: bool = False
+
+    def __post_init__(self) -> None:
+        if self.start not in STARTS or self.gradient not in GRADIENTS or not isinstance(self.offset, bool):
+            raise ConfigError(
+                f"a learned step starts at {', '.join(STARTS)}, has the gradient of {', '.join(GRADIENTS)}, "
+                f"and an offset or none (true or false), not {self.start!r}, {self.gradient!r}, {self.offset!r}"
+            )
+
     def step(self, grouped: Tensor, grid: Grid) -> Tensor:
-        return GaussianMSE().step(grouped, grid)
+        """Δ (…, 1) where training starts, of rotated values (…, elements sharing a step), float32."""
+        largest = grid.levels[-1]
+        if self.start == "gaussian":
+            return GaussianMSE().step(grouped, grid)
+        if self.start == "three_sigma":
+            spread, mean = torch.var_mean(grouped, dim=-1, correction=0, keepdim=True)
+            return mean.abs_().add_(spread.sqrt_(), alpha=3).add_(EPSILON).div_(len(grid.levels) / 2)
+        if self.start in ("lsq", "absmean"):
+            mean = grouped.abs().mean(-1, keepdim=True).add_(EPSILON)
+            return mean.mul_(2 / max(largest, 1.0) ** 0.5) if self.start == "lsq" else mean.div_(largest)
+        reach = largest + 0.5 if self.start == "stretched" else largest
+        return grouped.abs().amax(-1, keepdim=True).add_(EPSILON).div_(reach)
 
     def check(self, grid: Grid) -> None:
         """Every grid will do."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": "learned"}
+        plain: dict[str, Any] = {"kind": "learned"}
+        if self == Learned():
+            return plain
+        return plain | {"start": self.start, "gradient": self.gradient, "offset": self.offset}
 
 
 Granularity = PerTensor | PerRow | PerGroup
@@ -163,4 +202,9 @@ def scale_rule_from_json(fields: dict[str, Any]) -> ScaleRule:
     for rule in ALL_SCALE_RULES:
         if fields == rule.to_json():
             return rule
+    match fields:
+        case {"kind": "learned", "start": str(start), "gradient": str(gradient), "offset": bool(offset), **rest} if (
+            not rest
+        ):
+            return Learned(start, gradient, offset)
     raise ConfigError(f"not a scale rule: {fields!r}; expected kind 'gaussian_mse', 'absmax', 'absmean' or 'learned'")
