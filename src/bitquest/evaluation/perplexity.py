@@ -137,6 +137,8 @@ def evaluate_tokens(
     if stream.dim() != 1 or stream.numel() < 2:
         raise DataError("there is no token to predict: a stream needs its first token and at least one more")
     context = _context(model, context)
+    if batch_size is not None and batch_size < 1:
+        raise DataError(f"a batch of {batch_size} computes nothing; give at least 1")
     if isinstance(model, Llama) and not 0 <= int(stream.min()) <= int(stream.max()) < model.config.vocab_size:
         raise DataError(
             f"the text has token {int(stream.max())}, the model a vocabulary of {model.config.vocab_size}: "

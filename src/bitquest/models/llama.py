@@ -183,10 +183,13 @@ class Llama(nn.Module):
                     parameter.copy_(values)
         return self
 
-    def forward(self, tokens_BT: Tensor, cache: Cache | None = None, last: bool = False) -> Tensor:
+    def forward(
+        self, tokens_BT: Tensor, cache: Cache | None = None, last: bool = False, only_N: Tensor | None = None
+    ) -> Tensor:
         """Logits of the next token after each position. With a cache, positions continue after what it holds.
 
         last: of the last position alone, (B, 1, V), as writing on after a prompt needs them.
+        only_N: int64, positions counted through the batch (row · T + place); only their logits are made, (N, V).
 
         Raises DataError for more positions than the model has.
         """
@@ -210,4 +213,6 @@ class Llama(nn.Module):
                 x_BTD = block(x_BTD, cos_TC, sin_TC, cache)
         if cache is not None:
             cache.advance(t)
+        if only_N is not None:
+            x_BTD = x_BTD.flatten(0, 1)[only_N]
         return cast(Tensor, self.lm_head(decoder.norm(x_BTD[:, -1:] if last else x_BTD)))

@@ -73,12 +73,28 @@ def _is_known(path: Path) -> bool:
         return False
 
 
-def pieces(path: Path, text_field: str = "text", on_read: OnRead | None = None) -> Iterator[Piece]:
-    """The documents of a file as pieces. Raises DataError naming file and line or byte for what cannot be read."""
+def pieces(
+    path: Path, text_field: str = "text", on_read: OnRead | None = None, kind: str | None = None
+) -> Iterator[Piece]:
+    """The documents of a file as pieces. Raises DataError naming file and line or byte for what cannot be read.
+
+    kind: one of FORMATS, whatever the file's name says.
+    """
     chunks = _decompressed(path, on_read)
-    if kind_of(path) == ".jsonl":
+    if (kind or kind_of(path)) == ".jsonl":
         return _json_documents(path, chunks, text_field)
     return _text_pieces(path, chunks)
+
+
+def json_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a .jsonl file with their line numbers, blank lines left out. Raises DataError naming the line."""
+    for number, line in enumerate(_lines(path, _decompressed(path, None)), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            record = _parsed(line, where)
+            if not isinstance(record, dict):
+                raise DataError(f"{where}: expected an object, found {line[:40].decode(errors='replace')}")
+            yield number, record
 
 
 # --- bytes ---------------------------------------------------------------------------------------------------------
@@ -210,16 +226,7 @@ def _json_documents(path: Path, chunks: Iterator[bytes], text_field: str) -> Ite
 
 def _text_of(line: bytes, where: str, text_field: str) -> str:
     """The text of one line of .jsonl. Raises DataError naming the line, and the field that was probably meant."""
-    try:
-        record = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 at byte {error.start} of it; convert the file to UTF-8 first") from None
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where}: not valid JSON at column {error.colno}: {error.msg}; a .jsonl holds one JSON object on each line"
-        ) from None
-    except (ValueError, RecursionError) as error:  # numbers and nesting beyond what Python reads
-        raise DataError(f"{where}: not valid JSON: {error}") from None
+    record = _parsed(line, where)
     if not isinstance(record, dict):
         found = line[:40].decode(errors="replace")
         raise DataError(f"{where}: expected an object with a {text_field!r} field, found {found}")
@@ -236,6 +243,19 @@ def _text_of(line: bytes, where: str, text_field: str) -> str:
     except UnicodeEncodeError:
         raise DataError(f"{where}: half a surrogate pair cannot be written as UTF-8") from None
     return text
+
+
+def _parsed(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 at byte {error.start} of it; convert the file to UTF-8 first") from None
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}: not valid JSON at column {error.colno}: {error.msg}; a .jsonl holds one JSON object on each line"
+        ) from None
+    except (ValueError, RecursionError) as error:  # numbers and nesting beyond what Python reads
+        raise DataError(f"{where}: not valid JSON: {error}") from None
 
 
 def _lines(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
