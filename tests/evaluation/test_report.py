@@ -279,7 +279,6 @@ def test_reading_a_run_that_has_just_begun(tmp_path):
 @pytest.mark.parametrize(
     ("line", "change", "says"),
     [
-        (0, {"kind": "trian"}, "line 1: kind is 'trian'"),
         (1, {"loss": "low"}, "line 2: loss is 'low', not a number"),
         (1, {"loss": math.nan}, "line 2: loss is nan"),
         (1, {"loss": True}, "line 2: loss is True"),
@@ -295,6 +294,19 @@ def test_malformed_metrics_are_refused_with_file_and_line(tmp_path, line, change
     with pytest.raises(CheckpointError, match=says) as caught:
         read_run(write_run(tmp_path / "run", lines))
     assert "metrics.jsonl" in str(caught.value)
+
+
+def test_records_of_other_kinds_are_no_losses(tmp_path):
+    look = {"kind": "diagnose", "step": 1, "loss": None}
+    others = [{"kind": "weather", "step": 0}, look, {"step": 3}]
+    run = read_run(write_run(tmp_path / "run", [*METRICS, *others]))
+    plain = read_run(write_run(tmp_path / "plain", METRICS))
+    assert run.looks == (look,)
+    assert (run.train_curve, run.validation_curve, run.steps) == (
+        plain.train_curve,
+        plain.validation_curve,
+        plain.steps,
+    )
 
 
 def test_folders_that_are_no_runs(tmp_path):

@@ -25,7 +25,8 @@ class RunSummary:
     packed_bytes are the entries of `bitquest.export.packed_sizes`: total_bytes, linear_bytes, embedding_bytes,
     head_bytes (a tied head has none of its own). tokens_per_s is the speed of generating, train_tokens_per_s that of
     training. verified is what `bitquest verify` said; None everywhere means not measured.
-    sample is a text the model wrote after `prompt`. config is the nested configuration, as `TrainConfig.to_dict`.
+    looks are the records of kind `diagnose`, oldest first. sample is a text the model wrote after `prompt`. config is
+    the nested configuration, as `TrainConfig.to_dict`.
     """
 
     name: str
@@ -45,6 +46,7 @@ class RunSummary:
     diverged: bool = False
     prompt: str = ""
     sample: str | None = None
+    looks: tuple[Mapping[str, Any], ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -78,15 +80,16 @@ def read_run(run_dir: str | Path, *, name: str | None = None, **measured: Any) -
     curves: dict[str, list[CurvePoint]] = {"train": [], "evaluate": []}
     for line, record in enumerate(records, 1):
         kind = record.get("kind")
-        if kind not in curves:
-            raise CheckpointError(f"{path}, line {line}: kind is {kind!r}, not 'train' or 'evaluate'")
+        if kind not in curves:  # others may write down more than a report of losses needs
+            continue
         curves[kind].append(CurvePoint(record["step"], _number(record, "loss", path, line)))
         if len(curves[kind]) > 1 and curves[kind][-2].step >= record["step"]:
             raise CheckpointError(f"{path}, line {line}: step {record['step']} comes after a later step")
         for key in ("bits_per_byte",) if kind == "evaluate" else ("tokens_per_s", "seconds"):
             _number(record, key, path, line)
-    trained = [record for record in records if record["kind"] == "train"]
-    evaluated = [record for record in records if record["kind"] == "evaluate"]
+    trained, evaluated, looks = (
+        [record for record in records if record.get("kind") == kind] for kind in ("train", "evaluate", "diagnose")
+    )
     seconds = trained[-1]["seconds"] if trained else None
     fields: dict[str, Any] = {
         "steps": trained[-1]["step"] if trained else 0,
@@ -97,6 +100,7 @@ def read_run(run_dir: str | Path, *, name: str | None = None, **measured: Any) -
         "bits_per_byte": evaluated[-1]["bits_per_byte"] if evaluated else None,
         "train_tokens_per_s": trained[-1].get("tokens", 0) / seconds if seconds else None,
         "seconds": seconds,
+        "looks": tuple(looks),
         "config": config.to_dict(),
     }
     return RunSummary(name=name or config.scheme, scheme=config.scheme, seed=config.seed, **(fields | measured))
