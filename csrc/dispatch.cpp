@@ -154,8 +154,6 @@ using namespace bq;
         if (choice().kernels == nullptr) return BQ_NO_ISA; \
     } while (false)
 
-int32_t bq_version(void) { return BQ_ABI_VERSION; }
-
 const char *bq_isa(void) { return choice().kernels == nullptr ? "" : choice().kernels->name; }
 
 const char *bq_isa_available(void) { return choice().available; }

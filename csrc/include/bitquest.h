@@ -47,6 +47,7 @@ enum { BQ_FLOAT32 = 0, BQ_BFLOAT16 = 1, BQ_FLOAT16 = 2 };
 /* --- the library ------------------------------------------------------------------------------------------------ */
 
 BQ_API int32_t bq_version(void);           /* BQ_ABI_VERSION of the library */
+BQ_API const char *bq_source_hash(void);   /* of what it was compiled from (ops/native_sources.py), or "" */
 BQ_API const char *bq_isa(void);           /* the set in use, or "" after BQ_NO_ISA */
 BQ_API const char *bq_isa_available(void); /* all that are compiled in and present, best first, separated by spaces:
  * "avx512", "avxvnni", "avx2"; "neoni8mm", "neondot", "neon"; "portable" */

@@ -35,7 +35,8 @@ def availability() -> tuple[bool, str]:
     found, reason = abi.open_library()
     if found is None:
         return False, f"{reason}. {_COST}"
-    return True, f"compiled kernels, on {isa()}"
+    wrong = abi.stale_of(found)
+    return True, f"compiled kernels, on {isa()}" + (f"; {wrong}" if wrong else "")
 
 
 def isa() -> str:

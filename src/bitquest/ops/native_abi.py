@@ -2,9 +2,12 @@
 
 import ctypes
 import os
+import warnings
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+
+from bitquest.ops.native_sources import source_hash
 
 ABI_VERSION = 2
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
@@ -113,6 +116,7 @@ class COutput(Structure):
 
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "bq_version": (c_int32, []),
+    "bq_source_hash": (c_char_p, []),
     "bq_isa": (c_char_p, []),
     "bq_isa_available": (c_char_p, []),
     "bq_message": (c_char_p, [c_int32]),
@@ -144,11 +148,31 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 }
 
 LIBRARY = Path(__file__).parent / "libbitquest.so.1"
+CHECKOUT = Path(__file__).parents[3]  # of an editable installation; elsewhere it has no csrc/
+
+
+@cache
+def stale_of(library: ctypes.CDLL) -> str | None:
+    """What is wrong if a library was not compiled from the sources beside the package; None: nothing is.
+
+    An installed package has no sources beside it, and nothing to compare.
+    """
+    sources = source_hash(CHECKOUT)
+    if sources is None or library.bq_source_hash().decode() == sources:
+        return None
+    return f"the compiled engine is not of the sources in {CHECKOUT / 'csrc'}: run make native"
 
 
 @cache
 def open_library() -> tuple[ctypes.CDLL | None, str]:
-    """The library, and "" or why it is not there. Asked once per process."""
+    """The library, and "" or why it is not there. Asked once per process, which then warns of a stale one."""
+    found, reason = _load()
+    if found is not None and (wrong := stale_of(found)) is not None:
+        warnings.warn(wrong, RuntimeWarning, stacklevel=2)
+    return found, reason
+
+
+def _load() -> tuple[ctypes.CDLL | None, str]:
     if not LIBRARY.exists():
         return None, (
             "the compiled engine is not there: it is built when BitQuEST is installed, where a C++17 compiler is found "
