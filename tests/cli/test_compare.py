@@ -73,7 +73,7 @@ def test_tables_json_and_exit_codes(folder, invoke):
     result = json.loads(out)
     assert (result["bitquest"], result["command"], result["out"]) == (1, "compare", "runs/small")
     assert (result["finished"], result["passed"], len(result["runs"])) == (True, True, 2)
-    for part in ("2 schemes × 1 seed = 2 runs of 3 steps", "difference", "w1a1 converges", "report.html"):
+    for part in ("2 arms × 1 seed = 2 runs of 3 steps", "difference", "w1a1 converges", "report.html"):
         assert part in err
     # a loss is never below itself by a clear margin, whichever way round
     code, out, err = invoke("small.toml", "--expect", "none<w1a1", "--expect", "w1a1<none")
@@ -92,7 +92,7 @@ def test_mistakes_give_one_message_and_leave_nothing(folder, invoke):
     for words, part in [
         (["nothing.toml"], "nothing.toml: no such configuration file"),
         (["small.toml", "--schemes", "w1a1-norott"], "did you mean 'norot'?"),
-        (["small.toml", "--schemes", "w1a1,w1a1"], "scheme w1a1 is given twice"),
+        (["small.toml", "--schemes", "w1a1,w1a1"], "arm w1a1 is given twice"),
         (["small.toml", "--seeds", "x"], "'x' is no seed"),
         (["small.toml", "--expect", "none<=w4a4"], "w4a4 is not compared"),
         (["small.toml", "--set", "train.stepz=3"], "did you mean 'train.steps'?"),

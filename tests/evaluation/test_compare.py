@@ -9,9 +9,12 @@ import statistics
 import pytest
 
 from bitquest.errors import ConfigError, DataError, MissingExtraError
-from bitquest.evaluation.compare import compare, run_folder
-from bitquest.evaluation.compare_plan import Comparison, load_comparison, parse_seeds
-from bitquest.evaluation.compare_results import RunResult, Spread, results_table, summarize, verdicts_table
+from bitquest.evaluation.compare import compare
+from bitquest.evaluation.compare_file import load_comparison, parse_seeds
+from bitquest.evaluation.compare_plan import Arm, Comparison, Run
+from bitquest.evaluation.compare_results import Spread, summarize
+from bitquest.evaluation.compare_runs import RunResult
+from bitquest.evaluation.compare_tables import results_table, verdicts_table
 from bitquest.evaluation.ordering import Expectation, judge, parse_expectation, pooled_deviation
 from bitquest.nn import Scheme
 from bitquest.training import TrainConfig, prepare
@@ -79,23 +82,25 @@ class Events:
     def __init__(self):
         self.events = []
 
-    def on_start(self, *started):
-        self.events.append("start" if len(started) == 2 else f"train {started[0].config.scheme} {started[0].step}")
+    def on_start(self, plan, out, jobs):
+        self.events.append(f"start {jobs}")
 
-    def run(self, number, scheme, seed):
-        return self
-
-    def on_step(self, record):
-        self.events.append(record["step"])
-
-    def on_evaluate(self, record):
-        pass
+    def on_step(self, run, step, loss):
+        self.events.append(f"step {run.arm} {step}")
 
     def on_result(self, result):
-        self.events.append((result.scheme, result.seed, result.diverged))
+        self.events.append((result.arm, result.seed, result.diverged))
 
-    def on_end(self, *result):
-        self.events.append("end" if not result else "trained")
+    def on_failure(self, run, message):
+        self.events.append(f"failure {run.arm}: {message}")
+
+    def on_end(self):
+        self.events.append("end")
+
+    @property
+    def trained(self):
+        """The runs that were given steps, in order."""
+        return list(dict.fromkeys(event.split()[1] for event in self.events if str(event).startswith("step")))
 
 
 def test_every_pair_is_trained_once_with_the_seeds_data_and_reported(tmp_path, config, monkeypatch):
@@ -116,13 +121,13 @@ def test_every_pair_is_trained_once_with_the_seeds_data_and_reported(tmp_path, c
         ("none", 1, False),
         ("w1a1", 1, False),
     ]
-    assert (events.events[0], events.events[1], events.events[-1]) == ("start", "train none 0", "end")
+    assert (events.events[0], events.events[1], events.events[-1]) == ("start 1", "step none 1", "end")
     assert sorted(batches) == [(seed, step) for seed in (0, 1) for step in range(3)]
     assert all(len(pair) == 2 and pair[0].equal(pair[1]) for pair in batches.values())
     assert result.finished
     assert [verdict.expectation for verdict in result.verdicts] == [Expectation("none", "<=", "w1a1")]
 
-    by_name = {scheme.name: scheme for scheme in result.schemes}
+    by_name = {arm.name: arm for arm in result.arms}
     losses = [run.val_loss for run in result.runs if run.scheme == "w1a1"]
     assert by_name["W1A1"].val_loss.mean == pytest.approx(statistics.mean(losses))
     assert by_name["W1A1"].val_loss.std == pytest.approx(statistics.stdev(losses))
@@ -159,7 +164,7 @@ def test_every_pair_is_trained_once_with_the_seeds_data_and_reported(tmp_path, c
 def test_it_goes_on_after_an_interruption_and_when_schemes_or_seeds_are_added(tmp_path, config):
     straight = compare(load_comparison(config), tmp_path / "straight")
     out, plan = tmp_path / "out", load_comparison(config)
-    calls = iter([False, False, False, False, True])  # asked after each step and each run
+    calls = iter([False] * 5 + [True])  # asked before each run and after each step
     stopped = compare(plan, out, should_stop=lambda: next(calls))
     assert not stopped.finished
     assert not stopped.passed
@@ -169,15 +174,15 @@ def test_it_goes_on_after_an_interruption_and_when_schemes_or_seeds_are_added(tm
     assert json.loads((out / "results.json").read_text())["finished"] is False
     events = Events()
     finished = compare(plan, out, display=events)
-    assert "train w1a1 1" in events.events
+    assert next(event for event in events.events if str(event).startswith("step w1a1")) == "step w1a1 2"
     assert [(run.scheme, run.seed, run.val_loss) for run in finished.runs] == [
         (run.scheme, run.seed, run.val_loss) for run in straight.runs
     ]
     more = load_comparison(config, schemes="none,w1a1,w4a4", seeds="0-1", expect=["w1a1"])
     events = Events()
     result = compare(more, out, display=events)
-    assert [event for event in events.events if str(event).startswith("train ")] == ["train w4a4 0", "train w4a4 0"]
-    assert [scheme.runs for scheme in result.schemes] == [2, 2, 2]
+    assert events.trained == ["w4a4"]
+    assert [arm.runs for arm in result.arms] == [2, 2, 2]
     assert steps_of(out) == dict.fromkeys(
         [f"{s}-seed{k}" for s in ("none", "w1a1", "w4a4") for k in (0, 1)], 5
     )  # 3 steps and 2 evaluations, each once
@@ -188,13 +193,13 @@ def test_a_run_that_diverges_is_recorded_and_the_next_one_begins(tmp_path, confi
     for again in (False, True):
         events = Events()
         result = compare(plan, tmp_path / "out", display=events)
-        assert (1 in events.events) is not again  # the second time nothing is trained: it is on record
+        assert bool(events.trained) is not again  # the second time nothing is trained: it is on record
         assert [run.diverged for run in result.runs] == [True] * 4
         assert all("training diverged" in run.message for run in result.runs)
         assert all(0 < run.step < 6 for run in result.runs)
         assert (result.finished, result.passed) == (True, False)
         assert result.verdicts[0].reason == "2 of 2 runs of w1a1 diverged"
-        assert [(s.diverged, s.val_loss, s.difference) for s in result.schemes] == [(2, None, None)] * 2
+        assert [(s.diverged, s.val_loss, s.difference) for s in result.arms] == [(2, None, None)] * 2
     assert json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]["val_loss"] is None
     assert ",diverged," in (tmp_path / "out" / "results.csv").read_text()
     assert "2 of 2" in (tmp_path / "out" / "report.html").read_text()
@@ -236,11 +241,11 @@ def test_what_cannot_work_is_said_before_anything_is_written(tmp_path, config, m
 
 def test_plans_from_file_and_command_line(config):
     plan = load_comparison(config, ["train.steps=9"], schemes="W4A4 , none", seeds="3-5,9")
-    assert (plan.schemes, plan.seeds, plan.base.train.steps) == (("w4a4", "none"), (3, 4, 5, 9), 9)
+    assert (plan.keys, plan.seeds, plan.base.train.steps) == (("w4a4", "none"), (3, 4, 5, 9), 9)
     assert (plan.name("none"), plan.name("w4a4"), plan.expect) == ("unquantized", "w4a4", ())
-    assert plan.config("w4a4", 5).seed == 5
-    assert plan.config("w4a4", 5).scheme == "w4a4"
-    assert plan.runs()[:3] == [("w4a4", 3), ("none", 3), ("w4a4", 4)]
+    assert plan.config(Run("w4a4", 5)).seed == 5
+    assert plan.config(Run("w4a4", 5)).scheme == "w4a4"
+    assert plan.first_runs()[:3] == [Run("w4a4", 3), Run("none", 3), Run("w4a4", 4)]
     assert load_comparison(config, expect=["none<w1a1", "w1a1"]).expectations() == [
         Expectation("none", "<", "w1a1"),
         Expectation("w1a1", "converges", None),
@@ -253,7 +258,7 @@ def test_plans_from_file_and_command_line(config):
     ("old", "new", "says"),
     [
         ('"none", "w1a1"]', '"none", "w1a1-norto"]', r"small.toml: .*'norto' is unknown; did you mean 'norot'"),
-        ('"none", "w1a1"]', '"w1a1", "W1A1"]', "scheme w1a1 is given twice"),
+        ('"none", "w1a1"]', '"w1a1", "W1A1"]', "arm w1a1 is given twice"),
         ("[0, 1]", "[1, 1]", "seed 1 is given twice"),
         ("[0, 1]", "[]", r"no seeds \(--seeds"),
         ('schemes = ["none", "w1a1"]', "schemes = []", "names must give every scheme a name"),
@@ -264,7 +269,7 @@ def test_plans_from_file_and_command_line(config):
         ('names = ["unquantized", "W1A1"]', 'names = ["x"]', "there are 1 for 2 schemes"),
         ("seeds =", "sedes =", "compare.sedes is not a key of .compare. .did you mean 'seeds'"),
         ("none<=w1a1", "none<=w1a1<=w2a2", "w2a2 is not compared"),
-        ("none<=w1a1", "none<=", "write schemes joined by"),
+        ("none<=w1a1", "none<=", "write arms joined by"),
         ("none<=w1a1", "none=>w1a1", "expectation 'none=>w1a1'"),
         ('["none<=w1a1"]', '"none<=w1a1"', "compare.expect must be a list of strings"),
         ("steps = 3", "stepz = 3", r"small.toml: train.stepz .*did you mean 'train.steps'"),
@@ -346,27 +351,29 @@ def test_verdicts(expectation, a, b, passed, says):
     assert verdict.reason.startswith(says)
 
 
-def plan_of(schemes, seeds, expect=()):
-    return Comparison(TrainConfig(), tuple(schemes), tuple(seeds), {}, tuple(expect))
+def plan_of(schemes, seeds, expect=(), **options):
+    arms = tuple(Arm(scheme, scheme, TrainConfig(scheme=scheme)) for scheme in schemes)
+    return Comparison(TrainConfig(), arms, tuple(seeds), expect=tuple(expect), **options)
+
+
+def result_of(arm, seed, loss, rate=None, status="finished"):
+    status = "diverged" if loss is None else status
+    return RunResult(arm, arm, seed, rate, status, 10, loss, loss and loss * 1.5, 4.0, f"runs/{arm}-seed{seed}")
 
 
 def test_statistics_over_seeds_and_the_tables():
     plan = plan_of(["none", "w1a1"], range(3), ["none<=w1a1", "w1a1"])
     losses = {"none": [2.0, 2.1, 2.2], "w1a1": [2.5, None, 2.9]}
-    runs = [
-        RunResult(scheme, seed, loss is None, 10, loss, loss and loss * 1.5, 4.0, run_folder(scheme, seed))
-        for scheme, values in losses.items()
-        for seed, loss in enumerate(values)
-    ]
+    runs = [result_of(arm, seed, loss) for arm, values in losses.items() for seed, loss in enumerate(values)]
     result = summarize(plan, runs)
-    none, one = result.schemes
+    none, one = result.arms
     assert none.val_loss == Spread(pytest.approx(2.1), pytest.approx(0.1), 2.0, 2.2)
     assert (none.difference, none.diverged, none.runs) == (0.0, 0, 3)
     assert (one.val_loss.mean, one.diverged) == (pytest.approx(2.7), 1)
     assert one.difference == pytest.approx((0.5 + 0.7) / 2)  # of the seeds that both have
     assert [verdict.passed for verdict in result.verdicts] == [True, False]
     table = results_table(result)
-    assert table.columns[:5] == ("scheme", "diverged", "validation loss", "least", "greatest")
+    assert table.columns[:5] == ("arm", "diverged", "validation loss", "least", "greatest")
     assert table.rows[1][:6] == ("w1a1", "1 of 3", "2.7000 ± 0.2828", "2.5000", "2.9000", "+0.6000")
     assert "least" not in results_table(result, narrow=True).columns
     assert [row[1] for row in verdicts_table(result).rows] == ["passed", "failed"]
@@ -377,7 +384,9 @@ def test_statistics_over_seeds_and_the_tables():
 
 
 def test_run_folders_are_plain_names_of_their_own():
-    assert run_folder("w4a4-2:4", 7) == "runs/w4a4-2_4-seed7"
-    odd = json.dumps(Scheme.parse("w4a4").to_json())
-    assert run_folder(odd, 0).startswith("runs/scheme-")
-    assert len({run_folder(s, 0) for s in ("w1a1", "w1a1-ste", odd, odd + " ")}) == 4
+    odd = json.dumps(Scheme.parse("w1a1").to_json()).replace("1.3", "1.15")
+    plan = plan_of(["w4a4-2:4", "w1a1", "w1a1-ste", odd], [0, 7])
+    assert plan.folder(Run("w4a4-2:4", 7)) == "runs/w4a4-2_4-seed7"
+    assert plan.folder(Run("w1a1", 7, 0.004)) == "runs/w1a1-lr0.004-seed7"
+    assert plan.folder(Run(odd, 0)).startswith("runs/scheme-")
+    assert len({plan.folder(run) for run in plan.first_runs()}) == 8

@@ -1,6 +1,7 @@
 """`bitquest compare`: train one configuration under several schemes and seeds, and say how their losses compare."""
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +15,17 @@ def command(
     out: Annotated[
         Path | None, typer.Option(help="Directory of the runs and the report.", show_default="runs/<CONFIG's name>")
     ] = None,
-    schemes: Annotated[str | None, typer.Option(help="Instead of the file's: none,w4a4,w1a1.")] = None,
+    schemes: Annotated[
+        str | None, typer.Option(help="Instead of the file's: none,w4a4,w1a1, or names of its arms.")
+    ] = None,
     seeds: Annotated[str | None, typer.Option(help="Instead of the file's: 0,1,2 or 0-19.")] = None,
+    rates: Annotated[
+        str | None, typer.Option(help="Learning rates that every arm is tried at, instead of the file's: 1e-3,4e-3.")
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs at once, each its own process.", show_default="1; on a GPU as many as fit"),
+    ] = None,
     expect: Annotated[
         list[str] | None,
         typer.Option(
@@ -28,24 +38,31 @@ def command(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON object on stdout.")] = False,
 ) -> None:
-    """Compare schemes: same model, data, order and budget, several seeds. Stopped, the same command goes on."""
+    """Compare arms: same model, data, order, budget and rates, several seeds. Stopped, the same command goes on."""
     from bitquest.evaluation.compare import REPORT, RESULTS, TABLE, compare
     from bitquest.evaluation.compare_display import ConsoleDisplay
-    from bitquest.evaluation.compare_plan import load_comparison
-    from bitquest.evaluation.compare_results import results_table, verdicts_table
+    from bitquest.evaluation.compare_file import load_comparison
+    from bitquest.evaluation.compare_tables import results_table, verdicts_table
     from bitquest.training.interrupt import stop_on_signals
 
-    plan = load_comparison(config, set_ or [], schemes=schemes, seeds=seeds, expect=expect or [])
+    options = {"schemes": schemes, "seeds": seeds, "rates": rates}
+    plan = load_comparison(config, set_ or [], **options, jobs=jobs, expect=expect or [])
     folder = out if out is not None else Path("runs") / _name(config)
-    again = _command_line(config, folder, schemes, seeds, expect or [], set_ or [])
+    again = _command_line(config, folder, options | {"jobs": jobs}, expect or [], set_ or [])
     with stop_on_signals() as stop:
         result = compare(plan, folder, display=ConsoleDisplay(err), should_stop=stop, commands=[again])
     if json:
         print_json_object("compare", {"out": str(folder), **result.to_json()})
     if result.runs:
         print_table(results_table(result, narrow=True))
+    if result.failures and stop.signal is None:
+        _say(f"{len(result.runs)} of {plan.total_runs()} runs are finished; these failed:")
+        for run, why in result.failures.items():
+            _say(f"  {run}: {why}")
+        _say(f"The same command tries them again:\n  {again}")
+        raise typer.Exit(1)
     if not result.finished:
-        _say(f"Stopped; {len(result.runs)} of {len(plan.runs())} runs are finished. Go on with:\n  {again}")
+        _say(f"Stopped; {len(result.runs)} of {plan.total_runs()} runs are finished. Go on with:\n  {again}")
         raise typer.Exit(stop.exit_code)
     if result.verdicts:
         print_table(verdicts_table(result))
@@ -62,11 +79,10 @@ def _name(config: Path) -> str:
 
 
 def _command_line(
-    config: Path, out: Path, schemes: str | None, seeds: str | None, expect: list[str], overrides: list[str]
+    config: Path, out: Path, options: Mapping[str, object], expect: list[str], overrides: list[str]
 ) -> str:
     words = ["bitquest", "compare", str(config), "--out", str(out)]
-    words += ["--schemes", schemes] if schemes is not None else []
-    words += ["--seeds", seeds] if seeds is not None else []
+    words += [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
     words += [word for chain in expect for word in ("--expect", chain)]
     words += [word for override in overrides for word in ("--set", override)]
     return shlex.join(words)

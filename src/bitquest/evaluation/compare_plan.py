@@ -1,45 +1,105 @@
-"""What a comparison trains: one base configuration, once per scheme and seed; read from TOML and the command line."""
+"""What a comparison trains: arms, seeds and learning rates, and which runs follow from the results so far.
+
+An arm is what is compared: a scheme and, where wanted, other settings of the trainer. Without `rates` every arm is
+trained once per seed. With `rates` every arm is trained at each of them with the first seed, then with the other seeds
+at its own best rate, so that all arms have the same budget for tuning. As a map (`is_map`) every arm is trained at
+every rate with every seed, and nothing is chosen.
+"""
 
 import dataclasses
 import hashlib
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bitquest.errors import ConfigError
-from bitquest.evaluation.ordering import Expectation, parse_expectation, schemes_of
-from bitquest.nn import Scheme
-from bitquest.training.config import TrainConfig, differing_keys, load_config
-from bitquest.training.settings import SettingError, nearest
-from bitquest.training.toml import read_toml, write_toml
+from bitquest.evaluation.ordering import Expectation, parse_expectation
+from bitquest.training.config import TrainConfig
+from bitquest.training.toml import write_toml
 
 PLAN = "compare.toml"
-_KEYS = ("schemes", "seeds", "names", "expect", "data_sha256")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One thing that is compared.
+
+    key: what expectations, results.json and run folders call it: the scheme's canonical name, or the arm's own.
+    name: what reports call it. config: the base with the arm's scheme and `overrides` (`key=value`), before seed and
+    rate. is_plain: a scheme alone, from `schemes`, and not a section of its own.
+    """
+
+    key: str
+    name: str
+    config: TrainConfig
+    overrides: tuple[str, ...] = ()
+    is_plain: bool = True
+
+    @property
+    def scheme(self) -> str:
+        """The scheme's canonical name."""
+        return self.config.scheme
+
+    @property
+    def stem(self) -> str:
+        """The beginning of its run folders' names; one without a short name goes by a digest."""
+        name = re.sub(r"[^a-z0-9.-]", "_", self.key if self.is_plain else self.key.lower())
+        if self.key.startswith("{") or len(name) > 80:
+            return "scheme-" + hashlib.sha256(self.key.encode()).hexdigest()[:12]
+        return name
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: an arm's key, a seed, and the learning rate where rates are swept."""
+
+    arm: str
+    seed: int
+    rate: float | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A base configuration and what varies: schemes (canonical names) and seeds, every pair one run.
+    """A base configuration and what varies.
 
-    names: what reports call a scheme, where that differs. expect: chains as `parse_expectation` reads them.
+    rates: learning rates, swept alike for every arm. jobs: runs at once; None is one on a CPU and on a GPU as many as
+    fit. is_map: every arm at every rate and seed. expect: chains as `parse_expectation` reads them.
     """
 
     base: TrainConfig
-    schemes: tuple[str, ...]
+    arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
-    names: Mapping[str, str]
+    rates: tuple[float, ...] = ()
+    jobs: int | None = None
+    is_map: bool = False
     expect: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _refuse_repeated("scheme", self.schemes)
+        _refuse_repeated("arm", [arm.key for arm in self.arms], "schemes are compared under their canonical names")
+        _refuse_repeated("name", [arm.name for arm in self.arms], "each arm needs a name of its own")
         _refuse_repeated("seed", self.seeds)
-        if not self.schemes:
-            raise ConfigError("nothing to compare: no schemes (--schemes none,w4a4,w1a1)")
+        _refuse_repeated("rate", [f"{rate:g}" for rate in self.rates])
+        stems: dict[str, str] = {}
+        for arm in self.arms:
+            if (other := stems.setdefault(arm.stem, arm.key)) != arm.key:
+                raise ConfigError(
+                    f"arms {other!r} and {arm.key!r} would share the run folders {arm.stem}-…: rename one"
+                )
+        if not self.arms:
+            raise ConfigError("nothing to compare: no schemes (--schemes none,w4a4,w1a1) and no [[compare.arm]]")
         if not self.seeds:
             raise ConfigError("nothing to compare: no seeds (--seeds 0,1,2)")
+        for arm in self.arms if self.rates else ():
+            if any(override.partition("=")[0].strip() == "optimizer.lr" for override in arm.overrides):
+                raise ConfigError(
+                    f"arm {arm.key!r}: optimizer.lr does not belong into `set` of an arm whose rates are swept: "
+                    "remove it there, or remove compare.rates"
+                )
+        if self.is_map and not self.rates:
+            raise ConfigError("compare.map = true maps arms over learning rates: give compare.rates = [1e-3, 4e-3, …]")
+        if self.is_map and self.expect:
+            raise ConfigError("compare.map = true chooses no rate, so nothing can be expected of it: remove expect")
         for expectation in self.expectations():
             if expectation.relation == "<" and len(self.seeds) < 2:
                 raise ConfigError(
@@ -48,156 +108,85 @@ class Comparison:
                 )
 
     def expectations(self) -> list[Expectation]:
-        """All pairs that should hold."""
-        return [pair for chain in self.expect for pair in parse_expectation(chain, self.schemes)]
+        """All pairs that should hold, by the arms' keys."""
+        names = {arm.name: arm.key for arm in self.arms}
+        return [pair for chain in self.expect for pair in parse_expectation(chain, self.keys, names)]
 
-    def runs(self) -> list[tuple[str, int]]:
-        """Scheme and seed of every run: all schemes of one seed before the next seed, so that early results compare."""
-        return [(scheme, seed) for seed in self.seeds for scheme in self.schemes]
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The arms' keys, in order."""
+        return tuple(arm.key for arm in self.arms)
 
-    def config(self, scheme: str, seed: int) -> TrainConfig:
-        """The configuration of one run. The seed decides initialisation and order of data, so schemes share both."""
-        return dataclasses.replace(self.base, scheme=scheme, seed=seed)
+    def arm(self, key: str) -> Arm:
+        """The arm of a key."""
+        return next(arm for arm in self.arms if arm.key == key)
 
-    def name(self, scheme: str) -> str:
-        """What reports call a scheme."""
-        return self.names.get(scheme, scheme)
+    def name(self, key: str) -> str:
+        """What reports call an arm."""
+        return self.arm(key).name
 
-    def to_toml(self, data_sha256: str) -> str:
-        """A file that `load_comparison` reads back, and the digest of the data it began with."""
-        section = {
-            "schemes": self.schemes,
+    def label(self, run: Run) -> str:
+        """What displays and messages call a run."""
+        rate = "" if run.rate is None else f", rate {run.rate:g}"
+        return f"{self.name(run.arm)}{rate}, seed {run.seed}"
+
+    def first_runs(self) -> list[Run]:
+        """Runs that are made whatever the others come to; all arms first, so that early results compare."""
+        if not self.rates:
+            return [Run(arm.key, seed) for seed in self.seeds for arm in self.arms]
+        seeds = self.seeds if self.is_map else self.seeds[:1]
+        return [Run(arm.key, seed, rate) for seed in seeds for rate in self.rates for arm in self.arms]
+
+    def later_runs(self, best: Mapping[str, float]) -> list[Run]:
+        """Runs that follow once the best rate of some arms is known."""
+        if not self.rates or self.is_map:
+            return []
+        return [Run(arm.key, s, best[arm.key]) for s in self.seeds[1:] for arm in self.arms if arm.key in best]
+
+    def total_runs(self) -> int:
+        """How many runs there are in all."""
+        return len(self.first_runs()) + len(self.later_runs(dict.fromkeys(self.keys, 0.0)))
+
+    def config(self, run: Run) -> TrainConfig:
+        """The configuration of one run. The seed decides initial weights and order of data, so arms share both."""
+        config = dataclasses.replace(self.arm(run.arm).config, seed=run.seed)
+        if run.rate is None:
+            return config
+        return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=run.rate))
+
+    def folder(self, run: Run) -> str:
+        """A run's place below the comparison's directory."""
+        rate = "" if run.rate is None else f"-lr{run.rate:g}"
+        return f"runs/{self.arm(run.arm).stem}{rate}-seed{run.seed}"
+
+    def to_toml(self) -> str:
+        """A file that `load_comparison` reads back, with the digests of the data it began with."""
+        plain = [arm for arm in self.arms if arm.is_plain]
+        section: dict[str, object] = {
+            "schemes": [arm.scheme for arm in plain],
+            "names": [arm.name for arm in plain],
             "seeds": self.seeds,
-            "names": [self.name(scheme) for scheme in self.schemes],
+            "rates": self.rates,
+            "map": self.is_map,
             "expect": self.expect,
-            "data_sha256": data_sha256,
+            "data_sha256": data_digest(self.base),
         }
-        return write_toml(self.base.to_dict() | {"compare": section})
+        section |= {"jobs": self.jobs} if self.jobs is not None else {}
+        text = write_toml(self.base.to_dict() | {"compare": section})
+        for arm in self.arms:
+            if not arm.is_plain:
+                digest = {} if arm.config.data == self.base.data else {"data_sha256": data_digest(arm.config)}
+                fields = {"name": arm.name, "scheme": arm.scheme, "set": arm.overrides} | digest
+                text += "\n[[compare.arm]]\n" + write_toml(fields)
+        return text
 
 
-def load_comparison(
-    path: str | Path,
-    overrides: Sequence[str] = (),
-    *,
-    schemes: str | None = None,
-    seeds: str | None = None,
-    expect: Sequence[str] = (),
-) -> Comparison:
-    """The comparison of a TOML file: the trainer's keys and a section [compare].
-
-    overrides: `key=value` for the trainer's keys. schemes ("none,w1a1"), seeds ("0,1,2" or "0-19") and expect, if
-    given, replace the file's; the file's expectations about schemes that are then not compared are dropped.
-    Raises ConfigError saying what is wrong and where.
-    """
-    path = Path(path)
-    tables = read_toml(path)
-    section = tables.pop("compare", {})
-    try:
-        base = TrainConfig.from_dict(tables)
-        settings = _settings(section)
-    except SettingError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    wanted = _split(schemes) if schemes is not None else settings["schemes"]
-    names = dict(zip(_canonical(settings["schemes"], str(path)), settings["names"], strict=False))
-    chains = tuple(expect) or tuple(settings["expect"])
-    compared = tuple(_canonical(wanted, str(path) if schemes is None else "--schemes"))
-    if schemes is not None and not expect:  # a part of the schemes keeps the file's expectations about that part
-        chains = tuple(chain for chain in chains if set(schemes_of(chain)) <= set(compared))
-    numbers = parse_seeds(seeds) if seeds is not None else settings["seeds"]
-    return Comparison(_overridden(base, path, overrides), compared, tuple(numbers), names, chains)
-
-
-def parse_seeds(text: str) -> list[int]:
-    """Seeds written as numbers and ranges: "0,1,2", "0-19", "0-4,10". Raises ConfigError."""
-    seeds: list[int] = []
-    for part in _split(text):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise ConfigError(f"--seeds {text}: {part!r} is no seed; write numbers or ranges, such as 0,1,2 or 0-19")
-        if int(match[2] or match[1]) - int(match[1]) >= 10_000:
-            raise ConfigError(f"--seeds {text}: {part} are more than 10,000 seeds")
-        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return seeds
-
-
-def data_digest(base: TrainConfig) -> str:
+def data_digest(config: TrainConfig) -> str:
     """SHA-256 of the data's manifest, which holds those of its files."""
-    return hashlib.sha256((Path(base.data.path) / "manifest.json").read_bytes()).hexdigest()
+    return hashlib.sha256((Path(config.data.path) / "manifest.json").read_bytes()).hexdigest()
 
 
-def check_same_plan(folder: Path, plan: Comparison, digest: str) -> None:
-    """Raise ConfigError if `folder` holds a comparison of another base configuration or of other data.
-
-    Schemes, seeds, names and expectations may change: finished runs stay what they are, new ones are added. So may what
-    decides nothing that is learned: [log], [checkpoint], and where the same data lies.
-    """
-    before = load_comparison(folder / PLAN).base
-    data = dataclasses.replace(plan.base.data, path=before.data.path)
-    same = dataclasses.replace(
-        plan.base, scheme=before.scheme, seed=before.seed, data=data, log=before.log, checkpoint=before.checkpoint
-    )
-    if different := differing_keys(before, same):
-        raise ConfigError(
-            f"{folder} holds a comparison of another configuration (there, asked for now): {'; '.join(different)}. "
-            "Choose another directory with --out, or the same configuration to go on"
-        )
-    if read_toml(folder / PLAN)["compare"].get("data_sha256") != digest:
-        raise ConfigError(
-            f"{folder} holds a comparison on other data than {plan.base.data.path} has now: its losses would not "
-            "compare. Choose another directory with --out"
-        )
-
-
-def _overridden(base: TrainConfig, path: Path, overrides: Sequence[str]) -> TrainConfig:
-    """The base with overrides, by the trainer's own reader, which takes a file without a section [compare]."""
-    with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder) / "base.toml"
-        plain.write_text(base.to_toml(), encoding="utf-8")
-        try:
-            config = load_config(plain, overrides)
-        except ConfigError as error:
-            raise ConfigError(str(error).replace(str(plain), str(path))) from None
-    data = dataclasses.replace(config.data, path=str(Path(config.data.path).expanduser().absolute()))
-    return dataclasses.replace(config, data=data)
-
-
-def _settings(section: Any) -> dict[str, Any]:
-    """[compare] with every key there and of its type."""
-    if not isinstance(section, Mapping):
-        raise SettingError("compare", f"is a section: write [compare] with keys below it, got {section!r}")
-    for key in section:
-        if key not in _KEYS:
-            raise SettingError(f"compare.{key}", f"is not a key of [compare]{nearest(key, _KEYS)}")
-    settings = {"schemes": [], "seeds": [0], "names": [], "expect": []} | dict(section)
-    for key in ("schemes", "names", "expect"):
-        values = settings[key]
-        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-            raise SettingError(f"compare.{key}", f"must be a list of strings, got {values!r}")
-    if isinstance(settings["seeds"], str):
-        settings["seeds"] = parse_seeds(settings["seeds"])
-    seeds = settings["seeds"]
-    if not isinstance(seeds, list) or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise SettingError("compare.seeds", f'must be a list of whole numbers or a range such as "0-19", got {seeds!r}')
-    if settings["names"] and len(settings["names"]) != len(settings["schemes"]):
-        raise SettingError(
-            "compare.names",
-            f"must give every scheme a name: there are {len(settings['names'])} for {len(settings['schemes'])} schemes",
-        )
-    return settings
-
-
-def _canonical(schemes: Sequence[str], where: str) -> list[str]:
-    try:
-        return [str(Scheme.parse(scheme)) for scheme in schemes]
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _refuse_repeated(what: str, values: Sequence[object]) -> None:
+def _refuse_repeated(what: str, values: Sequence[object], why: str = "") -> None:
     repeated = next((value for i, value in enumerate(values) if value in values[:i]), None)
     if repeated is not None:
-        raise ConfigError(f"{what} {repeated} is given twice (schemes are compared under their canonical names)")
+        raise ConfigError(f"{what} {repeated} is given twice" + (f" ({why})" if why else ""))

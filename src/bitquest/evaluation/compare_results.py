@@ -1,33 +1,18 @@
-"""The numbers of a comparison: one result per run, statistics over seeds, verdicts; as JSON, CSV and tables."""
+"""The numbers of a comparison: one result per run, statistics over seeds, verdicts; as JSON and CSV."""
 
 import csv
 import io
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bitquest.evaluation.compare_plan import Comparison
+from bitquest.evaluation.compare_plan import Comparison, Run
+from bitquest.evaluation.compare_runs import RunResult
 from bitquest.evaluation.ordering import Verdict, judge
-from bitquest.evaluation.report_page import Table
 
-FORMAT, VERSION = "bitquest-comparison", 1
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """One run: losses in nats per token and bits per UTF-8 byte (None if it diverged), seconds of training steps."""
-
-    scheme: str
-    seed: int
-    diverged: bool
-    step: int
-    val_loss: float | None
-    bits_per_byte: float | None
-    seconds: float
-    run: str
-    message: str | None = None
+FORMAT, VERSION = "bitquest-comparison", 2
 
 
 @dataclass(frozen=True)
@@ -49,15 +34,22 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class SchemeResult:
-    """All runs of a scheme. The spreads are over its finished runs; `difference` is the mean of its loss less the
-    unquantized model's of the same seed, None where that was not trained. packed_bytes: `bitquest.export.packed_sizes`.
+class ArmResult:
+    """An arm's runs at its best rate (or all, without a sweep). The spreads are over those that did not diverge.
+
+    rate: the best rate, None without a sweep or before it is known; at_edge: it is the least or greatest of several
+    that were tried, so a better one may lie outside. difference: the mean of its loss less the unquantized arm's of the
+    same seed, None where that was not trained. packed_bytes: `bitquest.export.packed_sizes`.
     """
 
+    arm: str
     scheme: str
     name: str
+    rate: float | None
+    at_edge: bool
     runs: int
     diverged: int
+    unstable: int
     val_loss: Spread | None
     bits_per_byte: Spread | None
     difference: float | None
@@ -67,18 +59,27 @@ class SchemeResult:
 
 @dataclass(frozen=True)
 class ComparisonResult:
-    """What a comparison found so far: `finished` says whether every run was made."""
+    """What a comparison found so far: `finished` says whether every run was made.
+
+    failures: by run, why those could not be made whose process died.
+    """
 
     plan: Comparison
     runs: tuple[RunResult, ...]
-    schemes: tuple[SchemeResult, ...]
+    arms: tuple[ArmResult, ...]
     verdicts: tuple[Verdict, ...]
     finished: bool
+    failures: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
         """Whether every expectation holds (none holds before the comparison is finished)."""
         return self.finished and all(verdict.passed for verdict in self.verdicts)
+
+    def chosen(self, arm: str) -> list[RunResult]:
+        """The runs that an arm's statistics are about: those at its best rate, one per seed."""
+        rate = next(result.rate for result in self.arms if result.arm == arm)
+        return [run for run in self.runs if run.arm == arm and (self.plan.is_map or run.rate == rate)]
 
     def to_json(self) -> dict[str, Any]:
         """The contents of results.json."""
@@ -88,8 +89,11 @@ class ComparisonResult:
             "finished": self.finished,
             "passed": self.passed if self.plan.expect else None,
             "config": self.plan.base.to_dict(),
-            "schemes": [asdict(scheme) for scheme in self.schemes],
-            "runs": [asdict(run) for run in self.runs],
+            "rates": list(self.plan.rates),
+            "map": self.plan.is_map,
+            "arms": [asdict(arm) | {"set": list(self.plan.arm(arm.arm).overrides)} for arm in self.arms],
+            "runs": [asdict(run) | {"diverged": run.diverged} for run in self.runs],
+            "failures": dict(self.failures),
             "expectations": [
                 {
                     "expectation": str(verdict.expectation),
@@ -104,93 +108,85 @@ class ComparisonResult:
 
     def to_csv(self) -> str:
         """The contents of results.csv: a row per run; a cell that has no number is empty."""
-        columns = ["scheme", "seed", "status", "step", "val_loss", "bits_per_byte", "seconds", "run"]
+        columns = [
+            "arm", "scheme", "seed", "rate", "status", "step", "val_loss", "bits_per_byte", "seconds", "run",
+        ]  # fmt: skip
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         for run in self.runs:
-            row = asdict(run) | {"status": "diverged" if run.diverged else "finished"}
+            row = asdict(run)
             writer.writerow(["" if row[column] is None else row[column] for column in columns])
         return file.getvalue()
 
 
+def best_rates(plan: Comparison, results: Mapping[Run, RunResult]) -> dict[str, float]:
+    """The best rate of every arm whose sweep on the first seed is complete.
+
+    It is that of the lowest validation loss among the runs that stayed stable, or else among the unstable ones; where
+    all diverged, the lowest rate, so that the other seeds show whether that was chance.
+    """
+    best: dict[str, float] = {}
+    for arm in plan.keys if plan.rates and not plan.is_map else ():
+        sweep = [results.get(Run(arm, plan.seeds[0], rate)) for rate in plan.rates]
+        done = [run for run in sweep if run is not None]
+        if len(done) == len(plan.rates):
+            best[arm] = min(zip(plan.rates, done, strict=True), key=lambda pair: (*_rank(pair[1]), pair[0]))[0]
+    return best
+
+
+def _rank(run: RunResult) -> tuple[int, float]:
+    return ("finished", "unstable", "diverged").index(run.status), run.val_loss if run.val_loss is not None else 0.0
+
+
 def summarize(
-    plan: Comparison, runs: Sequence[RunResult], packed: dict[str, dict[str, int]] | None = None
+    plan: Comparison,
+    runs: Iterable[RunResult],
+    packed: Mapping[str, dict[str, int]] | None = None,
+    failures: Mapping[str, str] | None = None,
 ) -> ComparisonResult:
     """Statistics of the runs made so far, and, when all are made, whether the expectations hold."""
-    reference = {run.seed: run.val_loss for run in runs if run.scheme == "none" and run.val_loss is not None}
-    schemes = []
-    for scheme in plan.schemes:
-        own = [run for run in runs if run.scheme == scheme]
-        good = [run for run in own if not run.diverged]
+    by_run = {run.key: run for run in runs}
+    best = best_rates(plan, by_run)
+    order = [*plan.first_runs(), *plan.later_runs(best)]
+    made = tuple(by_run[run] for run in order if run in by_run)
+    chosen = {
+        key: [run for run in made if run.arm == key and (not plan.rates or plan.is_map or run.rate == best.get(key))]
+        for key in plan.keys
+    }
+    reference = {
+        (run.seed, run.rate if plan.is_map else None): run.val_loss
+        for run in chosen.get("none") or next((chosen[arm.key] for arm in plan.arms if arm.scheme == "none"), [])
+        if run.val_loss is not None
+    }
+    arms = []
+    for arm in plan.arms:
+        own = chosen[arm.key]
+        good = [run for run in own if run.val_loss is not None]
         gaps = [
-            run.val_loss - reference[run.seed] for run in good if run.val_loss is not None and run.seed in reference
+            run.val_loss - reference[key]
+            for run in good
+            if run.val_loss is not None and (key := (run.seed, run.rate if plan.is_map else None)) in reference
         ]
-        schemes.append(
-            SchemeResult(
-                scheme=scheme,
-                name=plan.name(scheme),
+        rate = best.get(arm.key)
+        arms.append(
+            ArmResult(
+                arm=arm.key,
+                scheme=arm.scheme,
+                name=arm.name,
+                rate=rate,
+                at_edge=len(plan.rates) > 1 and rate in (min(plan.rates), max(plan.rates)),
                 runs=len(own),
-                diverged=len(own) - len(good),
+                diverged=sum(run.diverged for run in own),
+                unstable=sum(run.status == "unstable" for run in own),
                 val_loss=Spread.of([run.val_loss for run in good if run.val_loss is not None]),
                 bits_per_byte=Spread.of([run.bits_per_byte for run in good if run.bits_per_byte is not None]),
                 difference=statistics.fmean(gaps) if gaps else None,
                 seconds=Spread.of([run.seconds for run in good]),
-                packed_bytes=(packed or {}).get(scheme),
+                packed_bytes=(packed or {}).get(arm.key),
             )
         )
-    finished = len(runs) == len(plan.runs())
-    losses = {
-        scheme: [run.val_loss if run.val_loss is not None else math.inf for run in runs if run.scheme == scheme]
-        for scheme in plan.schemes
-    }
+    finished = len(made) == plan.total_runs()
+    losses = {key: [math.inf if run.val_loss is None else run.val_loss for run in own] for key, own in chosen.items()}
     verdicts = tuple(judge(pair, losses) for pair in plan.expectations()) if finished else ()
-    return ComparisonResult(plan, tuple(runs), tuple(schemes), verdicts, finished)
-
-
-def results_table(result: ComparisonResult, *, narrow: bool = False) -> Table:
-    """A row per scheme: what of divergences, losses, size and time there is to say.
-
-    narrow: for a terminal, without what only the spread of a single scheme is looked at for.
-    """
-    schemes, several = result.schemes, len(result.plan.seeds) > 1
-    columns: dict[str, list[str]] = {
-        "scheme": [scheme.name for scheme in schemes],
-        "diverged": [f"{s.diverged} of {s.runs}" for s in schemes],
-        "validation loss": [_spread(s.val_loss) for s in schemes],
-    }
-    if several and (len(schemes) == 1 or not narrow):
-        columns["least"] = [_number(s.val_loss.min if s.val_loss else None) for s in schemes]
-        columns["greatest"] = [_number(s.val_loss.max if s.val_loss else None) for s in schemes]
-    notes = ["losses in nats per token" + (", mean ± standard deviation over seeds" if several else "")]
-    if any(s.difference is not None and s.scheme != "none" for s in schemes):
-        columns["difference"] = [_number(s.difference, "+.4f") for s in schemes]
-        notes.append("differences to the unquantized model with the same seeds")
-    columns["bits per byte"] = [_number(s.bits_per_byte.mean if s.bits_per_byte else None) for s in schemes]
-    if any(s.packed_bytes for s in schemes):
-        columns["MB packed"] = [
-            _number(s.packed_bytes["total_bytes"] / 1e6 if s.packed_bytes else None, ".2f") for s in schemes
-        ]
-    columns["seconds"] = [_number(s.seconds.mean if s.seconds else None, ",.1f") for s in schemes]
-    note = "; ".join(notes)
-    return Table(tuple(columns), tuple(zip(*columns.values(), strict=True)), note=note[0].upper() + note[1:] + ".")
-
-
-def verdicts_table(result: ComparisonResult) -> Table:
-    """A row per expectation."""
-    rows = [
-        (str(v.expectation), "passed" if v.passed else "failed", _number(v.difference, "+.4f"), v.reason)
-        for v in result.verdicts
-    ]
-    note = "Inversions below two standard deviations, pooled over the seeds of the pair, pass a <=."
-    return Table(("expectation", "verdict", "difference", "why"), rows, title="Expectations", note=note)
-
-
-def _spread(spread: Spread | None) -> str:
-    if spread is None:
-        return "–"
-    return f"{spread.mean:.4f}" if spread.std is None else f"{spread.mean:.4f} ± {spread.std:.4f}"
-
-
-def _number(value: float | None, form: str = ".4f") -> str:
-    return "–" if value is None else format(value, form)
+    return ComparisonResult(plan, made, tuple(arms), verdicts, finished, failures or {})

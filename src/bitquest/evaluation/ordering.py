@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Literal
 
 from bitquest.errors import ConfigError
@@ -27,7 +28,7 @@ Relation = Literal["<=", "<", "converges"]
 
 @dataclass(frozen=True)
 class Expectation:
-    """One pair of schemes and how their losses should compare; `second` is None for "none of its runs diverged"."""
+    """One pair of arms and how their losses should compare; `second` is None for "none of its runs diverged"."""
 
     first: str
     relation: Relation
@@ -48,36 +49,56 @@ class Verdict:
     reason: str
 
 
-def parse_expectation(text: str, schemes: Sequence[str]) -> list[Expectation]:
-    """The pairs of a chain of schemes joined by `<=` and `<`, under their canonical names.
+def parse_expectation(
+    text: str, arms: Sequence[str], names: Mapping[str, str] = MappingProxyType({})
+) -> list[Expectation]:
+    """The pairs of a chain of arms joined by `<=` and `<`, as the keys `arms` has them.
 
-    Raises ConfigError for what is no chain and for a scheme that is not among the compared `schemes`.
+    An arm is written as its key, as the name that `names` maps to it, or as any name of its scheme.
+    Raises ConfigError for what is no chain and for an arm that is not compared.
     """
-    names, relations = _chain(text)
-    for name in names:
-        if name not in schemes:
-            raise ConfigError(f"expectation {text!r}: {name} is not compared; the schemes are {', '.join(schemes)}")
-    if len(names) == 1:
-        return [Expectation(names[0], "converges", None)]
-    return [Expectation(a, relation, b) for (a, b), relation in zip(pairwise(names), relations, strict=True)]
+    parts, relations = _chain(text)
+    keys = [_key(text, part, arms, names) for part in parts]
+    if len(keys) == 1:
+        return [Expectation(keys[0], "converges", None)]
+    return [Expectation(a, relation, b) for (a, b), relation in zip(pairwise(keys), relations, strict=True)]
 
 
-def schemes_of(text: str) -> list[str]:
-    """The schemes that a chain names. Raises ConfigError for what is no chain."""
-    return _chain(text)[0]
+def is_about(text: str, arms: Sequence[str], names: Mapping[str, str]) -> bool:
+    """Whether a chain names compared arms only. Raises ConfigError for what is no chain."""
+    return all(_find(part, arms, names) is not None for part in _chain(text)[0])
+
+
+def _key(text: str, part: str, arms: Sequence[str], names: Mapping[str, str]) -> str:
+    key = _find(part, arms, names)
+    if key is None:
+        what = _canonical(part) or part
+        raise ConfigError(f"expectation {text!r}: {what} is not compared; the arms are {', '.join(arms)}")
+    return key
+
+
+def _find(part: str, arms: Sequence[str], names: Mapping[str, str]) -> str | None:
+    if part in arms:
+        return part
+    if part in names:
+        return names[part]
+    scheme = _canonical(part)
+    return scheme if scheme in arms else None
+
+
+def _canonical(part: str) -> str | None:
+    try:
+        return str(Scheme.parse(part))
+    except ConfigError:
+        return None
 
 
 def _chain(text: str) -> tuple[list[str], list[Relation]]:
     first, *rest = re.split(r"(<=|≤|<)", text)
-    names = []
-    for part in (first, *rest[1::2]):
-        if not part.strip():
-            raise ConfigError(f"expectation {text!r}: write schemes joined by <= or <, such as none<=w4a4<=w1a1")
-        try:
-            names.append(str(Scheme.parse(part)))
-        except ConfigError as error:
-            raise ConfigError(f"expectation {text!r}: {error}") from None
-    return names, ["<" if relation == "<" else "<=" for relation in rest[::2]]
+    parts = [part.strip() for part in (first, *rest[1::2])]
+    if not all(parts):
+        raise ConfigError(f"expectation {text!r}: write arms joined by <= or <, such as none<=w4a4<=w1a1")
+    return parts, ["<" if relation == "<" else "<=" for relation in rest[::2]]
 
 
 def pooled_deviation(first: Sequence[float], second: Sequence[float]) -> float | None:

@@ -1,0 +1,56 @@
+"""The tables of a comparison, for the terminal and the report."""
+
+from bitquest.evaluation.compare_results import ComparisonResult, Spread
+from bitquest.evaluation.report_page import Table
+
+
+def results_table(result: ComparisonResult, *, narrow: bool = False) -> Table:
+    """A row per arm: what of divergences, losses, size and time there is to say.
+
+    narrow: for a terminal, without what only the spread of a single arm is looked at for.
+    """
+    arms, several = result.arms, len(result.plan.seeds) > 1
+    columns: dict[str, list[str]] = {"arm": [arm.name for arm in arms]}
+    notes = ["losses in nats per token" + (", mean ± standard deviation over seeds" if several else "")]
+    if result.plan.rates and not result.plan.is_map:
+        columns["rate"] = ["–" if arm.rate is None else f"{arm.rate:g}{'*' * arm.at_edge}" for arm in arms]
+        notes += ["* at the edge of the rates tried: a better one may lie outside"] * any(arm.at_edge for arm in arms)
+    columns["diverged"] = [f"{arm.diverged} of {arm.runs}" for arm in arms]
+    if any(arm.unstable for arm in arms):
+        columns["unstable"] = [f"{arm.unstable} of {arm.runs}" for arm in arms]
+        notes.append("unstable: the training loss ended far above its own best")
+    columns["validation loss"] = [_spread(arm.val_loss) for arm in arms]
+    if several and (len(arms) == 1 or not narrow):
+        columns["least"] = [_number(arm.val_loss.min if arm.val_loss else None) for arm in arms]
+        columns["greatest"] = [_number(arm.val_loss.max if arm.val_loss else None) for arm in arms]
+    if any(arm.difference is not None and arm.scheme != "none" for arm in arms):
+        columns["difference"] = [_number(arm.difference, "+.4f") for arm in arms]
+        notes.append("differences to the unquantized model with the same seeds")
+    columns["bits per byte"] = [_number(arm.bits_per_byte.mean if arm.bits_per_byte else None) for arm in arms]
+    if any(arm.packed_bytes for arm in arms):
+        columns["MB packed"] = [
+            _number(arm.packed_bytes["total_bytes"] / 1e6 if arm.packed_bytes else None, ".2f") for arm in arms
+        ]
+    columns["seconds"] = [_number(arm.seconds.mean if arm.seconds else None, ",.1f") for arm in arms]
+    note = "; ".join(notes)
+    return Table(tuple(columns), tuple(zip(*columns.values(), strict=True)), note=note[0].upper() + note[1:] + ".")
+
+
+def verdicts_table(result: ComparisonResult) -> Table:
+    """A row per expectation."""
+    rows = [
+        (str(v.expectation), "passed" if v.passed else "failed", _number(v.difference, "+.4f"), v.reason)
+        for v in result.verdicts
+    ]
+    note = "Inversions below two standard deviations, pooled over the seeds of the pair, pass a <=."
+    return Table(("expectation", "verdict", "difference", "why"), rows, title="Expectations", note=note)
+
+
+def _spread(spread: Spread | None) -> str:
+    if spread is None:
+        return "–"
+    return f"{spread.mean:.4f}" if spread.std is None else f"{spread.mean:.4f} ± {spread.std:.4f}"
+
+
+def _number(value: float | None, form: str = ".4f") -> str:
+    return "–" if value is None else format(value, form)
