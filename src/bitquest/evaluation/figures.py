@@ -260,13 +260,8 @@ def _text_width(lines: Sequence[str]) -> float:
 
 
 @contextmanager
-def _axes(
-    height: float, *, left: float = 0.75, right: float = 0.15, grid: Literal["y", "both"] = "y"
-) -> Iterator[tuple[Any, Any]]:
-    """A figure and its axes in the report's style; `left` and `right` are inches outside the axes.
-
-    Text stays text, in the page's font; names are never read as formulas.
-    """
+def drawing(height: float) -> Iterator[Any]:
+    """An empty figure in the report's style. Text stays text, in the page's font; names are never read as formulas."""
     require_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure
@@ -277,15 +272,28 @@ def _axes(
         "axes.edgecolor": _GRID, "grid.color": _GRID, "axes.unicode_minus": True,
     }  # fmt: skip
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(_WIDTH, height))
+        yield Figure(figsize=(_WIDTH, height))
+
+
+def style_axes(axes: Any, grid: Literal["y", "both"] = "y") -> None:
+    """Axes as the reports have them: a line below, grid lines behind, no ticks."""
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(which="both", length=0, pad=6)
+    axes.grid(axis=grid, lw=0.8)
+    axes.set_axisbelow(True)
+
+
+@contextmanager
+def _axes(
+    height: float, *, left: float = 0.75, right: float = 0.15, grid: Literal["y", "both"] = "y"
+) -> Iterator[tuple[Any, Any]]:
+    """A figure and its axes in the report's style; `left` and `right` are inches outside the axes."""
+    with drawing(height) as figure:
         bottom, top = 0.54, 0.12
         axes = figure.add_axes(
             (left / _WIDTH, bottom / height, 1 - (left + right) / _WIDTH, 1 - (bottom + top) / height)
         )
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(which="both", length=0, pad=6)
-        axes.grid(axis=grid, lw=0.8)
-        axes.set_axisbelow(True)
+        style_axes(axes, grid)
         yield figure, axes
 
 

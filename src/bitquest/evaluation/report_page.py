@@ -47,7 +47,7 @@ def page(title: str, summary: str, sections: Sequence[str]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escape(title)}</title>\n<style>{PAGE_STYLE}</style>\n</head>\n<body>\n<main>\n"
         f"<header><h1>{escape(title)}</h1>{lede}</header>\n" + "\n".join(filter(None, sections)) + "\n</main>\n"
         "</body>\n</html>\n"
     )
@@ -112,7 +112,7 @@ def commands(lines: Sequence[str]) -> str:
 
 # Series colours: Okabe and Ito's, which stay distinct under the common colour-vision deficiencies; darkened for white
 # paper, lightened for dark screens, so that every label keeps a contrast of 3:1 or more.
-_STYLE = """
+PAGE_STYLE = """
 :root {
   --paper: #ffffff; --ink: #1b1d21; --muted: #5d636d; --grid: #dfe2e7; --panel: #f5f6f8; --good: #00704f;
   --bad: #b03a00;
