@@ -134,6 +134,18 @@ class QuantizedLinear(nn.Linear):
         """Look at the weight again from now on."""
         self._weight_rows.release()
 
+    def requantize(self, *, weight: Quantizer | None, activation: Quantizer | None) -> None:
+        """Train with these quantizers from now on; the weight stays what it is. Only where no step is learned.
+
+        Raises ConfigError if K does not fit their groups or pattern, or the backend cannot train such a layer.
+        """
+        for operand, spec in ((self.weight_quantizer, weight), (self.activation_quantizer, activation)):
+            if spec is not None:
+                spec.check(self.in_features)
+            operand.respecify(spec)
+        self.forget()
+        self._plan = self._make_plan()
+
     def encode_weight(self) -> Encoded | None:
         """The weight's codes (N, K), steps and kept mask; None if it is not quantized."""
         return self.weight_quantizer.encode(self.weight, self.rotation)

@@ -14,6 +14,7 @@ from bitquest.errors import ConfigError
 from bitquest.models import PRESETS, LlamaConfig
 from bitquest.nn import Scheme
 from bitquest.ops import Backend
+from bitquest.training.recipe_config import RecipeSection, with_recipe
 from bitquest.training.settings import SettingError, check_settings, convert, nearest, setting
 from bitquest.training.toml import parse_value, read_toml, write_toml
 
@@ -204,6 +205,7 @@ class TrainConfig:
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    recipe: RecipeSection = field(default_factory=RecipeSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     train: TrainSection = field(default_factory=TrainSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
@@ -221,12 +223,13 @@ class TrainConfig:
         if self.train.compile and scheme.activation is not None and scheme.activation.is_learned:
             # it starts from the first input, a decision on data that a compiled graph cannot contain
             raise SettingError("train.compile", "= true does not go with a learned activation step: set it to false")
+        self.recipe.check(scheme, self.train.compile)
 
     @staticmethod
     def from_dict(tables: Mapping[str, Any]) -> "TrainConfig":
         """The configuration of nested plain values, as TOML gives them. Raises ConfigError naming key and reason."""
         parts: dict[str, Any] = {}
-        for name, value in tables.items():
+        for name, value in with_recipe(tables).items():
             if name not in _SECTIONS:
                 if name == "compare":
                     raise SettingError(
@@ -249,11 +252,9 @@ class TrainConfig:
             values = {spec.name: getattr(section, spec.name) for spec in dataclasses.fields(section)}
             if isinstance(section, ModelSection):
                 values = {"preset": section.preset, "init_from": section.init_from} | dict(section.shape)
-            tables[name] = {
-                key: list(value) if isinstance(value, tuple) else value
-                for key, value in values.items()
-                if value is not None
-            }
+            if isinstance(section, RecipeSection):
+                values = section.given()
+            tables[name] = {key: _plain(value) for key, value in values.items() if value is not None}
         return tables
 
     def to_toml(self) -> str:
@@ -261,10 +262,16 @@ class TrainConfig:
         return write_toml(self.to_dict())
 
 
+def _plain(value: Any) -> Any:
+    """A setting as TOML and JSON have it: lists for tuples."""
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
 _SECTIONS: dict[str, Any] = {
     "model": ModelSection,
     "data": DataSection,
     "optimizer": OptimizerSection,
+    "recipe": RecipeSection,
     "schedule": ScheduleSection,
     "train": TrainSection,
     "evaluate": EvaluateSection,

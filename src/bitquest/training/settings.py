@@ -1,6 +1,7 @@
 """Checked settings: what a dataclass field of a configuration section may hold, and the errors when it does not."""
 
 import difflib
+import itertools
 import math
 import operator
 import types
@@ -11,12 +12,16 @@ from typing import Any
 
 from bitquest.errors import ConfigError
 
+# Values at shares of a run: ((share, value), …).
+Points = tuple[tuple[float, float], ...]
+
 _TYPE_NAMES = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
     str: "a string",
     tuple[float, float]: "two numbers, like [0.9, 0.95]",
+    Points: "pairs of a share of the run and a value, like [[0.0, 8], [0.5, 1]]",
 }
 
 _LIMITS: tuple[tuple[str, str, Callable[[Any, float], bool]], ...] = (
@@ -59,13 +64,20 @@ def check_settings(section: str, instance: Any) -> None:
         key = f"{section}.{spec.name}" if section else spec.name
         value = convert(key, getattr(instance, spec.name), hints[spec.name])
         object.__setattr__(instance, spec.name, value)
-        for number in value if isinstance(value, tuple) else (value,):
+        for number in _numbers(value):
             if isinstance(number, (int, float, str)) and not isinstance(number, bool):
                 _check_range(key, number, spec.metadata)
 
 
+def _numbers(value: Any) -> Iterable[Any]:
+    """What a setting's limits hold for: the value, both of a pair, or the values of points."""
+    if not isinstance(value, tuple):
+        return (value,)
+    return tuple(item[1] if isinstance(item, tuple) else item for item in value)
+
+
 def convert(key: str, value: Any, hint: Any) -> Any:
-    """`value` as the type that `hint` names (bool, int, float, str, a pair of floats, optional ones, or a class)."""
+    """`value` as the type that `hint` names (bool, int, float, str, pairs of floats, optional ones, or a class)."""
     if isinstance(hint, types.UnionType):
         if value is None:
             return None
@@ -74,12 +86,28 @@ def convert(key: str, value: Any, hint: Any) -> Any:
         return float(value)
     if hint == tuple[float, float] and isinstance(value, (list, tuple)) and len(value) == 2:
         return (convert(key, value[0], float), convert(key, value[1], float))
+    if hint == Points and _are_pairs(value):
+        points = tuple((convert(key, share, float), convert(key, number, float)) for share, number in value)
+        _check_shares(key, points)
+        return points
     if isinstance(hint, type) and type(value) is hint:
         return value
     if isinstance(hint, type) and hint not in _TYPE_NAMES and isinstance(value, hint):
         return value
     wanted = _TYPE_NAMES.get(hint, getattr(hint, "__name__", str(hint)))
     raise SettingError(key, f"must be {wanted}, got {value!r} ({type(value).__name__})")
+
+
+def _are_pairs(value: Any) -> bool:
+    is_list = isinstance(value, (list, tuple))
+    return is_list and all(isinstance(item, (list, tuple)) and len(item) == 2 for item in value)
+
+
+def _check_shares(key: str, points: Points) -> None:
+    shares = [share for share, _ in points]
+    rising = all(before < after for before, after in itertools.pairwise(shares))
+    if points and (shares[0] != 0 or not rising or shares[-1] > 1):
+        raise SettingError(key, f"must have shares of the run that begin at 0 and rise to 1 at most, got {shares}")
 
 
 def _check_range(key: str, value: Any, limits: Any) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bitquest.errors import ConfigError
 from bitquest.nn import record_masked_share, weights_held
 from bitquest.training.config import TrainSection
+from bitquest.training.optim import AnyOptimizer
 
 LossOf = Callable[[nn.Module, Tensor], Tensor]
 
@@ -60,19 +61,23 @@ class StepResult:
 
 
 class Stepper:
-    """Takes optimizer steps on a model; nothing in it waits for the device unless the masked share is asked for."""
+    """Takes optimizer steps on a model; nothing in it waits for the device unless the masked share is asked for.
+
+    before_update(lr) is called when the gradients are there and the weights have not moved yet.
+    """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AnyOptimizer,
         section: TrainSection,
         clip: float,
         device: torch.device,
+        before_update: Callable[[float], None] | None = None,
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.accumulation, self.clip = section.accumulation, clip or float("inf")
-        self.device = device
+        self.device, self._before_update = device, before_update
         self.precision = choose_precision(section.precision, device)
         self.compiled = section.compile
         # one shape, and an error instead of a silent return to eager: the model has no graph breaks
@@ -97,7 +102,9 @@ class Stepper:
             loss = self._gradients(windows_BT1)
         grad_norm = nn.utils.clip_grad_norm_(self._parameters, self.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        if self._before_update is not None:
+            self._before_update(lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, grad_norm, share)

@@ -4,19 +4,16 @@ Everything a step depends on is in the checkpoint or a function of (seed, step),
 or a power cut, and goes on is bit-identical to one that was not: same weights, same optimizer, same losses.
 """
 
-import dataclasses
 import math
-import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from bitquest.errors import CheckpointError, ConfigError, DataError, UserError
-from bitquest.files import sha256
+from bitquest.errors import CheckpointError, ConfigError, UserError
 from bitquest.models import Llama
 from bitquest.models.fuse import fuse_
 from bitquest.nn import training_backends
@@ -38,12 +35,20 @@ from bitquest.training.diagnose import Diagnosis
 from bitquest.training.diagnostics import StepClock, environment, memory_mb
 from bitquest.training.evaluate import HeldOutLoss, held_out_loss
 from bitquest.training.loggers import Loggers, Record, require_loggers
-from bitquest.training.optim import load_optimizer, make_optimizer, optimizer_tensors
+from bitquest.training.optim import load_optimizer, optimizer_tensors
+from bitquest.training.recipe import Recipe
 from bitquest.training.runs import check_free, check_same, claimed, is_run, start_run
 from bitquest.training.schedule import learning_rate_share
 from bitquest.training.step import Stepper, StepResult, autocast, choose_device
-
-_CPU_RNG, _CUDA_RNG = "rng.cpu", "rng.cuda"
+from bitquest.training.surroundings import (
+    changes,
+    check_length,
+    data_digest,
+    generator_states,
+    restore_generators,
+    surroundings,
+    with_absolute_paths,
+)
 
 
 class DivergenceError(UserError):
@@ -109,7 +114,7 @@ def train(
     Raises ConfigError (nothing was written), DataError, CheckpointError, MissingExtraError, and DivergenceError when
     the loss or gradient is no longer finite (nothing of that is saved).
     """
-    run_dir, config = Path(run_dir), _with_absolute_paths(config)
+    run_dir, config = Path(run_dir), with_absolute_paths(config)
     with ExitStack() as stack:
         checkpoint, is_new = None, not is_run(run_dir)
         if not is_new:
@@ -126,7 +131,7 @@ def train(
             check_free(run_dir)
             if from_step is not None:
                 raise CheckpointError(f"{run_dir}: no checkpoint of step {from_step}: there is no run yet")
-        stack.enter_context(_surroundings(config))
+        stack.enter_context(surroundings(config))
         session = _Session(config, run_dir, checkpoint)
         if is_new:
             stack.enter_context(claimed(run_dir))
@@ -142,43 +147,10 @@ def train(
         return session.run(display, should_stop)
 
 
-def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Paths that mean the same from every folder, as config.toml records them."""
-    data = dataclasses.replace(config.data, path=str(Path(config.data.path).expanduser().absolute()))
-    model = config.model
-    if model.init_from is not None:
-        model = dataclasses.replace(model, init_from=str(Path(model.init_from).expanduser().absolute()))
-    return dataclasses.replace(config, data=data, model=model)
-
-
 def _checkpoint_to_resume(run_dir: Path, from_step: int | None) -> Checkpoint | None:
     if from_step is None and not list_steps(run_dir):
         return None
     return read_checkpoint(run_dir, from_step)
-
-
-@contextmanager
-def _surroundings(config: TrainConfig) -> Iterator[None]:
-    """Thread count, random generators and, on a GPU, deterministic kernels; the caller's are put back afterwards."""
-    threads = torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    device = choose_device(config.train.device)
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)  # a kernel without a deterministic form warns
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # kernels write it all
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(config.seed)
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
 
 
 class _Session:
@@ -190,8 +162,8 @@ class _Session:
         self.device = choose_device(config.train.device)
         self.tokens = open_tokens(Path(config.data.path), "train")
         self.held_out = open_tokens(Path(config.data.path), "val")
-        _check_length(self.tokens, "train", config)
-        _check_length(self.held_out, "val", config)
+        check_length(self.tokens, "train", config)
+        check_length(self.held_out, "val", config)
         self.step = 0 if checkpoint is None else checkpoint.step
         self.resumed_from = None if checkpoint is None else checkpoint.step
         self.environment = environment(self.device)
@@ -208,8 +180,16 @@ class _Session:
         if self.environment["engine"] != "torch":
             fuse_(self.model)
         self.model.activation_checkpointing = config.train.activation_checkpointing
-        self.optimizer = make_optimizer(self.model, config.optimizer)
-        self.stepper = Stepper(self.model, self.optimizer, config.train, config.optimizer.clip, self.device)
+        self.recipe = Recipe(self.model, config, is_new=checkpoint is None)
+        self.optimizer = self.recipe.optimizer
+        self.stepper = Stepper(
+            self.model,
+            self.optimizer,
+            config.train,
+            config.optimizer.clip,
+            self.device,
+            lambda lr: self.recipe.before_update(self.step + 1, lr),
+        )
         # what checkpoints carry on: the last losses, tokens and seconds
         self.progress: Record = {
             "train_loss": None,
@@ -220,9 +200,10 @@ class _Session:
         }
         if checkpoint is not None:
             load_optimizer(self.optimizer, self.model, checkpoint.optimizer, f"{where}/{OPTIMIZER}")
-            _restore_generators(checkpoint.optimizer, self.device)
+            self.recipe.load(checkpoint.optimizer, f"{where}/{OPTIMIZER}")
+            restore_generators(checkpoint.optimizer, self.device)
             self.progress = {name: checkpoint.state.get(name, start) for name, start in self.progress.items()}
-            self.notices = _changes(checkpoint.state.get("environment", {}), self.environment)
+            self.notices = changes(checkpoint.state.get("environment", {}), self.environment)
         self.clock = StepClock(self.progress["seconds"])
         self.diagnosis = Diagnosis(config, self.model, self.held_out, self.stepper.precision, checkpoint)
 
@@ -257,7 +238,9 @@ class _Session:
             evaluates = _is_due(step, config.evaluate.every, steps)
             lr = config.optimizer.lr * learning_rate_share(config.schedule, step, steps)
             windows = self.tokens.batch(config.seed, step - 1, config.train.batch_size, config.data.context)
+            self.recipe.before_step(step)
             result = self.stepper.step(windows.to(self.device), lr, record=logs)
+            self.recipe.after_step(step)
             stopping = should_stop is not None and should_stop()
             saves = stopping or _is_due(step, config.checkpoint.every, steps)
             self.progress["tokens"] += tokens_per_step
@@ -302,7 +285,8 @@ class _Session:
         }
 
     def _evaluate(self) -> Record:
-        loss = evaluate_split(self.model, self.held_out, self.config, self.device, self.stepper.precision)
+        with self.recipe.published():
+            loss = evaluate_split(self.model, self.held_out, self.config, self.device, self.stepper.precision)
         if not math.isfinite(loss.loss):
             raise DivergenceError(self._diverged(self.step, f"the validation loss is {loss.loss}"))
         bits_per_byte = loss.bits_per_byte(self.held_out.utf8_bytes / self.held_out.count)
@@ -324,25 +308,26 @@ class _Session:
         )
 
     def _save(self) -> None:
-        tensors = named_tensors(optimizer_tensors(self.optimizer, self.model) | self.diagnosis.tensors())
-        tensors[_CPU_RNG] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors[_CUDA_RNG] = torch.cuda.get_rng_state(self.device)
-        checkpoint = Checkpoint(self.step, named_tensors(self.model.state_dict()), tensors, self._state())
-        save_checkpoint(self.run_dir, checkpoint, self.config.checkpoint.keep)
+        tensors = named_tensors(
+            optimizer_tensors(self.optimizer, self.model) | self.recipe.tensors() | self.diagnosis.tensors()
+        )
+        tensors |= generator_states(self.device)
+        with self.recipe.published() as model:
+            checkpoint = Checkpoint(self.step, named_tensors(model), tensors, self._state())
+            save_checkpoint(self.run_dir, checkpoint, self.config.checkpoint.keep)
 
     def _state(self) -> dict[str, Any]:
         return {
             **self.progress,
             "config": self.config.to_dict(),
             "model": self.model.config.to_json(),
-            "data": {"manifest_sha256": _data_digest(self.config), "vocab_size": self.tokens.vocab_size},
+            "data": {"manifest_sha256": data_digest(self.config), "vocab_size": self.tokens.vocab_size},
             "environment": self.environment,
         }
 
     def _check_data(self, checkpoint: Checkpoint) -> None:
         before = checkpoint.state.get("data", {}).get("manifest_sha256")
-        if before != _data_digest(self.config):
+        if before != data_digest(self.config):
             raise ConfigError(
                 f"data.path = {self.config.data.path} is not the data that {self.run_dir} was trained on up to step "
                 f"{checkpoint.step} (its manifest.json differs): give that data, or start another run with --out"
@@ -358,36 +343,8 @@ def evaluate_split(
     return held_out_loss(model, windows, device, autocast(device, precision))
 
 
-def _check_length(tokens: Tokens, split: str, config: TrainConfig) -> None:
-    needed = config.data.context + 1
-    if tokens.count < needed:
-        raise DataError(
-            f"{config.data.path}: the {split} split has {tokens.count} tokens, and one sequence needs {needed} "
-            f"(data.context + 1): lower data.context = {config.data.context}, or prepare more text"
-        )
-
-
 def _is_due(step: int, every: int, steps: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
-
-
-def _data_digest(config: TrainConfig) -> str:
-    return sha256(Path(config.data.path) / "manifest.json")
-
-
-def _restore_generators(saved: dict[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(saved[_CPU_RNG])
-    if device.type == "cuda" and _CUDA_RNG in saved:
-        torch.cuda.set_rng_state(saved[_CUDA_RNG], device)
-
-
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
-    """A notice for each thing that keeps a resumption from being bit-identical."""
-    return tuple(
-        f"{name} was {before[name]} and is {now[name]}: the run goes on, but not bit for bit as it would have"
-        for name in now
-        if name in before and before[name] != now[name]
-    )
 
 
 def _result(
