@@ -1,7 +1,7 @@
 """Earlier methods of training on few bits, each as its paper defines it, composed from the axes of numerics.
 
-A method gives the quantizer of a weight and of an activation, at a width or on a grid that is named beside it. What the
-papers leave open, or say of networks that language models are not, is said with each; docs/howto/rivals.md is the table.
+A method gives the quantizer of a weight and of an activation, at a width or on a grid that is named beside it. Where it
+differs from its paper, a comment says how and why; docs/howto/rivals.md is the table.
 """
 
 from collections.abc import Callable
@@ -57,11 +57,11 @@ def _lsq_plus_activation(bits: int, grid: Grid | None) -> Quantizer:
 
 
 # --- PACT: Choi et al., arXiv 1805.06085 -----------------------------------------------------------------------------
-# Activations: 2^b levels from −α to α, which is UniformGrid; the paper's are behind a ReLU, from 0 to α. α starts at the
-# Gaussian fit, not high above all values: only clipped elements move it, and decay takes longer than short runs last.
+# Activations: 2^b levels from −α to α, which is UniformGrid; the paper's are behind a ReLU, from 0 to α. α starts at
+# the Gaussian fit, not high above all values: only clipped elements and weight decay move it, which takes long.
 # Weights per DoReFa (1606.06160), as in the paper: the same grid up to the largest weight of the tensor, at 1 bit
-# ±mean|w|, straight-through. DoReFa's tanh is left out (tanh w = w(1 − w²/3 + …), and |w| is a few hundredths here), and
-# so is its stretching of every weight to [−1, 1], which presumes a batch normalization behind the layer.
+# ±mean|w|, straight-through. DoReFa's tanh is left out (tanh w = w(1 − w²/3 + …), and |w| is a few hundredths here),
+# and so is its stretching of every weight to [−1, 1], which presumes a batch normalization behind the layer.
 
 
 def _pact_weight(bits: int, grid: Grid | None) -> Quantizer:

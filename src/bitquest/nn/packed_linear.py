@@ -18,6 +18,7 @@ from bitquest.numerics.fake_quant import Encoded
 from bitquest.numerics.packing import pack, unpack
 from bitquest.numerics.quantizer import Quantizer
 from bitquest.numerics.rotations import Rotation
+from bitquest.numerics.scaling import Learned
 from bitquest.ops.backend import Backend, WrongDeviceError, backend_for, engine, resolve_backend
 from bitquest.ops.engine_ops import on_device, packed_linear, quantize_rows, rotate_rows
 from bitquest.ops.linear_spec import LinearSpec
@@ -78,6 +79,11 @@ class PackedLinear(nn.Module):
         self.weight_spec, self.activation_spec = weight, activation
         self.rotation = rotation.resolve(in_features)
         self.backend = resolve_backend(backend)
+        if activation is not None and isinstance(activation.scale, Learned) and activation.scale.offset:
+            raise ConfigError(
+                "activations with a learned offset (LSQ+) have no packed form: it would be subtracted from each input, "
+                "and its product with the weight added to each output; train with lsq to export"
+            )
         if weight is not None:
             weight.check(in_features)
             if kept is not None and weight.grid.bits == 8:

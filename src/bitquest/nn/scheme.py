@@ -9,12 +9,13 @@ from itertools import product
 from typing import Any
 
 from bitquest.errors import ConfigError
+from bitquest.nn.formats import FORMATS
 from bitquest.nn.methods import METHODS
 from bitquest.numerics.estimators import Clip, Estimator, StraightThrough, Trust
-from bitquest.numerics.grids import FP4, TERNARY, Grid, UniformGrid
+from bitquest.numerics.grids import Grid, UniformGrid
 from bitquest.numerics.quantizer import Quantizer
 from bitquest.numerics.rotations import BlockHadamard, NoRotation, Rotation, rotation_from_json
-from bitquest.numerics.scaling import Granularity, PerGroup, PerTensor
+from bitquest.numerics.scaling import Granularity, Learned, PerGroup, PerTensor, TwoLevel
 from bitquest.numerics.sparsity import Dense, NofM, Sparsity
 
 # METHOD, "Backward": what "trust" means at 1 bit, with the rotation and without.
@@ -23,14 +24,14 @@ ONE_BIT_CLIP_UNROTATED = Clip(1.25)
 
 _SPARSITIES: dict[str, Sparsity] = {"2:4": NofM(2, 4), "4:8": NofM(2, 4, pair=True)}
 _ESTIMATORS: dict[str, Estimator] = {"ste": StraightThrough(), "clip": Clip(1.0)}
-_FORMATS: dict[str, Grid] = {"fp4": FP4, "ternary": TERNARY}
 _TABLE_BITS = {"h8": 8, "h4": 4}
 # Which weights share a step; groups also of an activation whose step is computed.
-_GRANULARITIES: dict[str, Granularity] = {f"g{size}": PerGroup(size) for size in (32, 64, 128)} | {
-    "tensor": PerTensor()
+_GRANULARITIES: dict[str, Granularity] = {
+    **{f"g{size}": PerGroup(size) for size in (32, 64, 128)},
+    "tensor": PerTensor(),
 }
 _GRAMMAR = (
-    "none, or wBaB[-fp4|-ternary][-2:4|-4:8][-g32|-g64|-g128|-tensor][-norot]"
+    f"none, or wBaB[{'|'.join(f'-{name}' for name in FORMATS)}][-2:4|-4:8][-g32|-g64|-g128|-tensor][-norot]"
     f"[-ste|-clip|{'|'.join(f'-{name}' for name in METHODS)}][-h8|-h4] with B from 1 to 8, or 16"
 )
 _WIDTHS = re.compile(r"w(0|[1-9][0-9]{0,2})a(0|[1-9][0-9]{0,2})")
@@ -53,6 +54,8 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.activation is not None:
             _check_activation(self.activation)
+        if self.weight is not None and isinstance(self.weight.scale, Learned) and self.weight.scale.offset:
+            raise ConfigError("a learned offset is for activations; LSQ+ keeps weights symmetric")
         for name, table in (("embedding", self.embedding), ("head", self.head)):
             if table is not None and (table.is_learned or table.is_sparse):
                 raise ConfigError(f"the {name} takes a dense quantizer whose scale is computed, not {table}")
@@ -114,6 +117,10 @@ class Scheme:
 
 
 def _check_activation(spec: Quantizer) -> None:
+    if spec.scale == TwoLevel("tensor"):
+        raise ConfigError(
+            "a float32 scale shared by the whole activation tensor lets a token see later ones; use TwoLevel('row')"
+        )
     if spec.is_learned:
         if not isinstance(spec.granularity, PerTensor):
             raise ConfigError("a learned activation step is one number per layer: rows are tokens; use PerTensor()")
@@ -133,15 +140,20 @@ def _compose(text: str, weight_bits: int, activation_bits: int, suffixes: list[s
             raise ConfigError(f"scheme {text!r} names more than one {what}: {', '.join(found)}")
         return found[0] if found else None
 
-    known = [*_FORMATS, *_SPARSITIES, *_GRANULARITIES, "norot", *_ESTIMATORS, *METHODS, *_TABLE_BITS]
+    known = [*FORMATS, *_SPARSITIES, *_GRANULARITIES, "norot", *_ESTIMATORS, *METHODS, *_TABLE_BITS]
     for suffix in suffixes:
         if suffix not in known:
             nearest = difflib.get_close_matches(suffix, known, 1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
             raise ConfigError(f"scheme {text!r}: {suffix!r} is unknown{hint} A scheme is {_GRAMMAR}")
-    format_name, shared = pick(_FORMATS, "format"), pick(_GRANULARITIES, "group size")
+    format_name, shared = pick(FORMATS, "format"), pick(_GRANULARITIES, "group size")
     sparsity = _SPARSITIES.get(pick(_SPARSITIES, "sparsity") or "", Dense())
     how, table = pick([*_ESTIMATORS, *METHODS], "estimator or method"), pick(_TABLE_BITS, "width of embedding and head")
+    chosen = None if format_name is None else FORMATS[format_name]
+    if chosen is not None and chosen.in_blocks and (shared or how in METHODS):
+        raise ConfigError(
+            f"scheme {text!r}: {format_name} has blocks and scales of its own, which {shared or how} would replace"
+        )
     rotation: Rotation = NoRotation() if pick(["norot"], "norot") else BlockHadamard()
 
     def operand(letter: str, bits: int) -> Quantizer | None:
@@ -149,20 +161,22 @@ def _compose(text: str, weight_bits: int, activation_bits: int, suffixes: list[s
             return None
         if not 1 <= bits <= 8:
             raise ConfigError(f"scheme {text!r}: {letter}{bits} is no width; it is 1 to 8, or 16 for not quantized")
-        grid = _FORMATS[format_name] if format_name else None
-        if grid is not None and grid.bits != bits:
+        made = None if chosen is None else (chosen.weight if letter == "w" else chosen.activation)(bits)
+        if made is not None and made.bits != bits:
             raise ConfigError(
-                f"scheme {text!r}: {format_name} codes have {grid.bits} bits, so write {letter}{grid.bits}"
+                f"scheme {text!r}: {format_name} codes have {made.bits} bits, so write {letter}{made.bits}"
             )
         if how in METHODS:
             method = METHODS[how]
             try:
-                made = (method.weight if letter == "w" else method.activation)(bits, grid)
+                make = method.weight if letter == "w" else method.activation
+                made = make(bits, None if made is None else made.grid)
             except ConfigError as error:
                 raise ConfigError(f"scheme {text!r}: {error}") from None
         else:
-            grid = UniformGrid(bits) if grid is None else grid
-            made = Quantizer(grid, estimator=_ESTIMATORS[how] if how else default_estimator(grid, rotation))
+            made = Quantizer(UniformGrid(bits)) if made is None else made
+            estimator = _ESTIMATORS[how] if how else default_estimator(made.grid, rotation)
+            made = replace(made, estimator=estimator)
         if shared is None or (letter == "a" and (made.is_learned or shared == "tensor")):
             return made
         return replace(made, granularity=_GRANULARITIES[shared])
@@ -201,7 +215,7 @@ def _short_name(scheme: Scheme) -> str | None:
     sparsities = [f"-{name}" for name, pattern in _SPARSITIES.items() if specs and pattern == specs[0].sparsity]
     norot = "-norot" if isinstance(scheme.rotation, NoRotation) else ""
     tables = [f"-{name}" for name, b in _TABLE_BITS.items() if scheme.head is not None and scheme.head.bits == b]
-    axes = [["", *(f"-{name}" for name in names)] for names in ((*_ESTIMATORS, *METHODS), _FORMATS, _GRANULARITIES)]
+    axes = [["", *(f"-{name}" for name in names)] for names in ((*_ESTIMATORS, *METHODS), FORMATS, _GRANULARITIES)]
     candidates = sorted(product(*axes), key=lambda parts: sum(map(bool, parts))) if specs else [("", "", "")]
     for how, format_name, shared in candidates:
         candidate = "".join([widths, format_name, *sparsities, shared, norot, how, *tables])

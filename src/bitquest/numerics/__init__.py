@@ -2,9 +2,20 @@
 
 from bitquest.numerics.estimators import ALL_ESTIMATORS, Clip, Estimator, Inside, StraightThrough, Trust
 from bitquest.numerics.fake_quant import Encoded, dequantize, encode, fake_quantize, quantize
-from bitquest.numerics.grids import ALL_GRIDS, FP4, INT8_SYMMETRIC, TERNARY, CodebookGrid, Grid, UniformGrid, integer_grid
+from bitquest.numerics.grids import (
+    ALL_GRIDS,
+    FP4,
+    FP8,
+    INT8_SYMMETRIC,
+    TERNARY,
+    CodebookGrid,
+    Grid,
+    UniformGrid,
+    integer_grid,
+    lloyd_max_grid,
+)
 from bitquest.numerics.integers import IntegerForm, integer_form, integer_linear, weight_only_linear
-from bitquest.numerics.multipliers import gaussian_mse, gaussian_step
+from bitquest.numerics.multipliers import gaussian_mse, gaussian_step, lloyd_max_levels
 from bitquest.numerics.packing import pack, packed_width, unpack
 from bitquest.numerics.quantizer import Quantizer
 from bitquest.numerics.rotations import ALL_ROTATIONS, BlockHadamard, NoRotation, Rotation, rotation_from_json
@@ -19,7 +30,9 @@ from bitquest.numerics.scaling import (
     PerGroup,
     PerRow,
     PerTensor,
+    PowerOfTwo,
     ScaleRule,
+    TwoLevel,
 )
 from bitquest.numerics.sparsity import ALL_SPARSITIES, Dense, NofM, Sparsity
 
@@ -31,6 +44,7 @@ __all__ = [
     "ALL_SCALE_RULES",
     "ALL_SPARSITIES",
     "FP4",
+    "FP8",
     "INT8_SYMMETRIC",
     "TERNARY",
     "AbsMax",
@@ -52,12 +66,14 @@ __all__ = [
     "PerGroup",
     "PerRow",
     "PerTensor",
+    "PowerOfTwo",
     "Quantizer",
     "Rotation",
     "ScaleRule",
     "Sparsity",
     "StraightThrough",
     "Trust",
+    "TwoLevel",
     "UniformGrid",
     "dequantize",
     "encode",
@@ -67,6 +83,8 @@ __all__ = [
     "integer_form",
     "integer_grid",
     "integer_linear",
+    "lloyd_max_grid",
+    "lloyd_max_levels",
     "pack",
     "packed_width",
     "quantize",

@@ -115,7 +115,7 @@ def fake_quantize_backward(gradient: Tensor, mask: Tensor, rotation: Rotation) -
 
 
 def step_gradient(gradient: Tensor, residual: Tensor, step_shape: torch.Size, quantizer: Quantizer) -> Tensor:
-    """∂L/∂Δ of a learned step, shaped as the step, float32. LSQ's is scaled by 1/√(N · largest level); see `Learned`."""
+    """∂L/∂Δ of a learned step, shaped as the step, float32. LSQ's is divided by √(N · largest level), see `Learned`."""
     assert isinstance(quantizer.scale, Learned)
     product = gradient.to(torch.float32) * residual
     grouped = quantizer.granularity.grouped(product)

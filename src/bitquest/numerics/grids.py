@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bitquest.errors import ConfigError
-from bitquest.numerics.multipliers import PAPER_FP4, PAPER_TERNARY, PAPER_UNIFORM, gaussian_step
+from bitquest.numerics.multipliers import PAPER_FP4, PAPER_TERNARY, PAPER_UNIFORM, gaussian_step, lloyd_max_levels
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,6 @@ _FP4_POSITIVE = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 FP4 = CodebookGrid("fp4", (*(-level for level in reversed(_FP4_POSITIVE)), 0.0, *_FP4_POSITIVE))
 
 
-
 def integer_grid(bits: int, symmetric: bool = False) -> CodebookGrid:
     """The integers of two's complement, with a zero: −2^(bits−1), …, 2^(bits−1) − 1. bits: 2 to 8.
 
@@ -183,6 +182,25 @@ def integer_grid(bits: int, symmetric: bool = False) -> CodebookGrid:
 
 INT8_SYMMETRIC = integer_grid(8, symmetric=True)
 
+
+def lloyd_max_grid(bits: int) -> CodebookGrid:
+    """The 2^bits levels of least error for Gaussian values, in units of σ (Lloyd 1982, Max 1960). bits: 1 to 8."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise ConfigError(f"lloyd_max_grid takes 1 to 8 bits, not {bits!r}")
+    return CodebookGrid(f"lloyd{bits}", lloyd_max_levels(bits))
+
+
+def _e4m3() -> tuple[float, ...]:
+    """Zero and the finite numbers of E4M3: three bits of mantissa, exponents from −6 to 8, subnormals, 448 at most."""
+    subnormal = [mantissa / 8 * 2.0**-6 for mantissa in range(1, 8)]
+    normal = [(1 + mantissa / 8) * 2.0**exponent for exponent in range(-6, 9) for mantissa in range(8)]
+    positive = [*subnormal, *normal][:-1]  # the last pattern is NaN
+    return (*(-level for level in reversed(positive)), 0.0, *positive)
+
+
+# OCP 8-bit floating point, E4M3 (arXiv 2209.05433): 253 different numbers.
+FP8 = CodebookGrid("fp8", _e4m3())
+
 Grid = UniformGrid | CodebookGrid
 ALL_GRIDS: tuple[Grid, ...] = (
     *(UniformGrid(bits) for bits in range(1, 9)),
@@ -191,6 +209,8 @@ ALL_GRIDS: tuple[Grid, ...] = (
     FP4,
     integer_grid(2),
     INT8_SYMMETRIC,
+    lloyd_max_grid(3),
+    FP8,
     CodebookGrid("lopsided", (-1.0, -0.25, 0.5, 2.0)),
 )
 

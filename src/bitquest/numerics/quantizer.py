@@ -10,8 +10,10 @@ from bitquest.numerics.scaling import (
     GaussianMSE,
     Granularity,
     Learned,
+    PerGroup,
     PerRow,
     ScaleRule,
+    TwoLevel,
     granularity_from_json,
     scale_rule_from_json,
 )
@@ -34,6 +36,8 @@ class Quantizer:
 
     def __post_init__(self) -> None:
         self.scale.check(self.grid)
+        if isinstance(self.scale, TwoLevel) and not isinstance(self.granularity, PerGroup):
+            raise ConfigError("TwoLevel scales are a group's factor times a shared scale: take PerGroup(size)")
 
     @property
     def bits(self) -> int:

@@ -3,6 +3,7 @@
 A step Δ has the shape of its operand's leading dimensions: (…, 1) per row, (…, K/size) per group, (1, …, 1) per tensor.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from bitquest.errors import ConfigError
 from bitquest.numerics.grids import TERNARY, Grid, UniformGrid
 
+E4M3_MIN, E4M3_MAX = 2.0**-9, 448.0  # the smallest and the largest positive number of E4M3
 EPSILON = 1e-8  # METHOD: s = α·σ + 1e-8, so that a row of zeros has a step
 
 
@@ -57,8 +59,8 @@ class PerGroup:
     size: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.size, int) or self.size not in (32, 64, 128):
-            raise ConfigError(f"the size of a group is a whole number: 32, 64 or 128, not {self.size!r}")
+        if not isinstance(self.size, int) or self.size not in (16, 32, 64, 128):
+            raise ConfigError(f"the size of a group is a whole number: 16, 32, 64 or 128, not {self.size!r}")
 
     def check(self, width: int) -> None:
         if width % self.size:
@@ -123,6 +125,60 @@ class AbsMean:
         return {"kind": "absmean"}
 
 
+@dataclass(frozen=True)
+class PowerOfTwo:
+    """Δ = 2^(⌊log2 max|x|⌋ − ⌊log2(largest level)⌋): the shared scale of OCP Microscaling (MX) v1.0, section 6.3.
+
+    An E8M0 number. With FP4 in groups of 32 this is MXFP4: what lies between 6Δ and 8Δ is clipped to 6Δ. The exponent
+    is kept within −126 … 127, so that Δ is a normal float32 (E8M0 has −127 too); a group of zeros takes the smallest.
+    """
+
+    def step(self, grouped: Tensor, grid: Grid) -> Tensor:
+        peak = grouped.abs().amax(-1, keepdim=True)
+        # |x| = m·2^e with m in [½, 1). Of zero frexp gives e = 0.
+        exponent = torch.frexp(peak).exponent.sub_(math.frexp(grid.max_level)[1])
+        exponent = torch.where(peak == 0, -126, exponent.clamp_(-126, 127))
+        step = exponent.add_(127).to(torch.int32).bitwise_left_shift_(23).view(torch.float32)  # exactly 2^exponent
+        return torch.where(peak.isfinite(), step, peak)  # NaN and infinity stay visible
+
+    def check(self, grid: Grid) -> None:
+        """Every grid will do."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "power_of_two"}
+
+
+@dataclass(frozen=True)
+class TwoLevel:
+    """Δ of a group is an E4M3 number times a float32 scale that many groups share: NVFP4's scales, in groups of 16.
+
+    The float32 scale is max|x|/(448 · largest level) over what shares it, so that the group with the largest value
+    takes the largest E4M3 number; a group's own factor is max|x|/(largest level · scale), rounded to E4M3, at least its
+    smallest, 2^−9. Source: NVIDIA, arXiv 2509.25149, appendix. shared: "tensor", for weights, or "row", for
+    activations: over a whole activation tensor a token would see later ones.
+    """
+
+    shared: str = "tensor"
+
+    def __post_init__(self) -> None:
+        if self.shared not in ("tensor", "row"):
+            raise ConfigError(f"the float32 scale of TwoLevel is shared by a 'tensor' or a 'row', not {self.shared!r}")
+
+    def step(self, grouped: Tensor, grid: Grid) -> Tensor:
+        """Δ (…, groups, 1) of rotated values (…, groups, elements of a group), float32."""
+        peak = grouped.abs().amax(-1, keepdim=True)
+        over_all = peak.amax() if self.shared == "tensor" else peak.amax(-2, keepdim=True)
+        scale = over_all.add(EPSILON).div_(E4M3_MAX * grid.max_level)
+        factor = peak.div_(scale).div_(grid.max_level).clamp_(E4M3_MIN, E4M3_MAX)
+        return factor.to(torch.float8_e4m3fn).to(torch.float32).mul_(scale)
+
+    def check(self, grid: Grid) -> None:
+        """Every grid will do."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "two_level", "shared": self.shared}
+
+
 STARTS = ("gaussian", "lsq", "three_sigma", "absmax", "absmean", "stretched")
 GRADIENTS = ("lsq", "lsq_features", "pact", "elastic")
 
@@ -180,9 +236,25 @@ class Learned:
 
 
 Granularity = PerTensor | PerRow | PerGroup
-ScaleRule = GaussianMSE | AbsMax | AbsMean | Learned
-ALL_GRANULARITIES: tuple[Granularity, ...] = (PerTensor(), PerRow(), PerGroup(32), PerGroup(64), PerGroup(128))
-ALL_SCALE_RULES: tuple[ScaleRule, ...] = (GaussianMSE(), AbsMax(), AbsMean(), Learned())
+ScaleRule = GaussianMSE | AbsMax | AbsMean | PowerOfTwo | TwoLevel | Learned
+ALL_GRANULARITIES: tuple[Granularity, ...] = (
+    PerTensor(),
+    PerRow(),
+    PerGroup(16),
+    PerGroup(32),
+    PerGroup(64),
+    PerGroup(128),
+)
+ALL_SCALE_RULES: tuple[ScaleRule, ...] = (
+    GaussianMSE(),
+    AbsMax(),
+    AbsMean(),
+    PowerOfTwo(),
+    TwoLevel("tensor"),
+    TwoLevel("row"),
+    Learned(),
+    Learned("lsq", "lsq_features", offset=True),
+)
 
 
 def granularity_from_json(fields: dict[str, Any]) -> Granularity:
@@ -207,4 +279,7 @@ def scale_rule_from_json(fields: dict[str, Any]) -> ScaleRule:
             not rest
         ):
             return Learned(start, gradient, offset)
-    raise ConfigError(f"not a scale rule: {fields!r}; expected kind 'gaussian_mse', 'absmax', 'absmean' or 'learned'")
+    raise ConfigError(
+        f"not a scale rule: {fields!r}; expected kind 'gaussian_mse', 'absmax', 'absmean', 'power_of_two', "
+        "'two_level' (shared) or 'learned' (start, gradient, offset)"
+    )

@@ -21,7 +21,7 @@ from bitquest.numerics.integers import integer_form
 from bitquest.numerics.packing import packed_width
 from bitquest.numerics.quantizer import Quantizer
 from bitquest.numerics.rotations import MAX_BLOCK
-from bitquest.numerics.scaling import EPSILON, AbsMax, AbsMean, PerGroup, PerTensor
+from bitquest.numerics.scaling import EPSILON, AbsMax, AbsMean, GaussianMSE, Learned, PerGroup, PerTensor
 from bitquest.ops import native_abi as abi
 from bitquest.ops.rows import Prologue, QuantizedRows, RMSNorm
 
@@ -97,6 +97,10 @@ def refuses_rows(quantizer: Quantizer, block: int) -> str | None:
         return f"rotations go up to blocks of {MAX_BLOCK}, not {block}"
     if quantizer.is_sparse:
         return "N:M sparsity is not chosen in native code"
+    if not isinstance(quantizer.scale, GaussianMSE | AbsMax | AbsMean | Learned):
+        return f"{type(quantizer.scale).__name__} scales are not computed in native code"
+    if isinstance(quantizer.scale, Learned) and quantizer.scale.offset:
+        return "a learned offset is not subtracted in native code"
     return None
 
 
@@ -129,8 +133,10 @@ def _quantizer(quantizer: Quantizer, block: int, given: bool) -> _Quantizer:
         c.scale = abi.SCALE_ABSMAX
     elif isinstance(scale, AbsMean):
         c.scale = abi.SCALE_ABSMEAN
-    else:
+    elif scale in (GaussianMSE(), Learned()):
         c.scale, c.multiplier = abi.SCALE_GAUSSIAN, grid.clip_multiplier
+    else:
+        raise ConfigError(f"native engine: the step of {scale} must be given")
     c.group = granularity.size if isinstance(granularity, PerGroup) else 0
     limits = quantizer.estimator.range(grid)
     if limits is None:

@@ -25,7 +25,7 @@ from bitquest.ops.triton.dequantize import dequantize_rows
 from bitquest.ops.triton.few_bit_forms import weight_form
 from bitquest.ops.triton.few_bit_linear import a8_linear, packed_sums, weight_only_linear
 from bitquest.ops.triton.int8_linear import int8_linear
-from bitquest.ops.triton.quantize import MAX_LEVELS, quantize_rows, rotate_rows
+from bitquest.ops.triton.quantize import MAX_LEVELS, quantize_rows, refuses_rule, rotate_rows
 from bitquest.ops.triton.quantize_backward import mask_rotate, prologue_backward
 from bitquest.ops.triton.tiles import MAX_WIDTH
 from bitquest.ops.triton.unpack import unpack_factors
@@ -61,6 +61,10 @@ class TritonEngine:
             return f"rows go up to {MAX_WIDTH} elements"
         if spec.in_features > _SMALL_WIDTH and torch.cuda.is_available() and _shared_bytes() < _LARGE_SHARED:
             return f"rows of more than {_SMALL_WIDTH} elements need more shared memory than this GPU has"
+        for quantizer in (spec.weight, spec.activation):
+            reason = None if quantizer is None else refuses_rule(quantizer, given=True)
+            if reason is not None:
+                return reason
         if spec.weight is not None and not spec.weight.is_sparse:
             try:
                 weight_form(_stored(spec))
@@ -74,6 +78,9 @@ class TritonEngine:
     def refuses_rows(self, quantizer: Quantizer, block: int, given: bool = False) -> str | None:
         if quantizer.is_sparse:
             return "N:M sparsity is not chosen in the fused kernels"
+        reason = refuses_rule(quantizer, given)
+        if reason is not None:
+            return reason
         if isinstance(quantizer.granularity, PerTensor) and not given:
             return "a step for a whole tensor takes two passes"
         if isinstance(quantizer.grid, CodebookGrid) and len(quantizer.grid.levels) > MAX_LEVELS:

@@ -26,7 +26,7 @@ from bitquest.numerics.grids import FP4, CodebookGrid
 from bitquest.numerics.integers import integer_form
 from bitquest.numerics.packing import packed_width
 from bitquest.numerics.quantizer import Quantizer
-from bitquest.numerics.scaling import AbsMax, AbsMean, PerGroup, PerTensor
+from bitquest.numerics.scaling import AbsMax, AbsMean, GaussianMSE, Learned, PerGroup, PerTensor
 from bitquest.ops.rows import PARTS, Prologue, QuantizedRows, RMSNorm
 from bitquest.ops.triton.grids import bias
 from bitquest.ops.triton.quantize_kernels import quantize_rows_kernel, rotate_rows_kernel
@@ -59,6 +59,22 @@ def fused(prologue: Prologue | None, shape: torch.Size) -> _Fused:
     return _Fused("swiglu", 0.0, up, up.stride(0))
 
 
+# A learned step starts at the Gaussian fit; later it is given, as other rules' steps must be.
+_RULES = {AbsMax(): "absmax", AbsMean(): "absmean", GaussianMSE(): "gaussian_mse", Learned(): "gaussian_mse"}
+_GROUP_SIZES = (32, 64, 128)
+
+
+def refuses_rule(quantizer: Quantizer, given: bool) -> str | None:
+    """Why the fused kernels do not compute such scales (or take such groups), None if they do."""
+    if isinstance(quantizer.granularity, PerGroup) and quantizer.granularity.size not in _GROUP_SIZES:
+        return f"scale groups have 32, 64 or 128 elements, not {quantizer.granularity.size}"
+    if isinstance(quantizer.scale, Learned) and quantizer.scale.offset:
+        return "a learned offset is not subtracted in the fused kernels"
+    if quantizer.scale not in _RULES and not given:
+        return f"{type(quantizer.scale).__name__} scales are not computed in the fused kernels"
+    return None
+
+
 @lru_cache(maxsize=256)
 def _constants(quantizer: Quantizer) -> dict[str, Any]:
     """What the kernel compiles in of a quantizer. Raises ConfigError for what it cannot do."""
@@ -81,7 +97,7 @@ def _constants(quantizer: Quantizer) -> dict[str, Any]:
     if limits is None:
         assert isinstance(quantizer.estimator, Trust), "the other estimators need no distance"
         limits = (quantizer.estimator.threshold(grid),)
-    rule = {AbsMax: "absmax", AbsMean: "absmean"}.get(type(quantizer.scale), "gaussian_mse")  # Learned starts there
+    rule = _RULES.get(quantizer.scale, "gaussian_mse")  # not read where the step is given
     return {
         "GROUP": granularity.size if isinstance(granularity, PerGroup) else 0,
         "RULE": rule,
@@ -134,6 +150,9 @@ def quantize_rows(
     check_width(width)
     check_rotation(width, block)
     quantizer.check(width)
+    reason = refuses_rule(quantizer, step is not None)
+    if reason is not None:
+        raise ConfigError(f"fused kernels: {reason}")
     if isinstance(quantizer.granularity, PerTensor) and step is None:
         raise ConfigError("a step for a whole tensor takes two passes: give the fused kernel a step, or one per row")
     if {"factors", "sums"} & want and integer_form(quantizer.grid) is None:
