@@ -16,6 +16,7 @@ from bitquest.evaluation.compare_runs import latest_step
 from bitquest.training.loggers import Record
 
 LOGS = "logs"
+COMMAND = (sys.executable, "-m", "bitquest.evaluation.compare_worker")
 _POLL_S = 0.2
 _MIB = 2**20
 # What a process takes of a GPU beside PyTorch's allocations: the CUDA context and the kernels' libraries.
@@ -61,7 +62,7 @@ def start_worker(plan: Comparison, out: Path, run: Run, threads: int | None) -> 
     with log.open("wb") as file:
         # a session of its own: Ctrl-C reaches the comparison alone, which then stops its workers once
         process = subprocess.Popen(
-            [sys.executable, "-m", "bitquest.evaluation.compare_worker", str(folder)],
+            [*COMMAND, str(folder)],
             stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
         )  # fmt: skip
     _feed(process.stdin, plan.config(run).to_toml())
