@@ -6,6 +6,8 @@ to 104 runs on C4 with Llama-type models; nothing here fits.
 """
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bitquest.errors import ConfigError
@@ -81,15 +83,21 @@ FITTED_LOSSES = (2.461, 3.987)
 
 
 def efficiency_of(format_name: str) -> tuple[float, str]:
-    """eff(P) of a format and the published format that it was taken from.
+    """The published eff(P) of a format and the format that it was taken from; see `efficiency_in`."""
+    return efficiency_in(format_name, EFFICIENCY)
 
-    8-bit activations beside fewer-bit weights were not in the fit: they are taken as unquantized ones.
-    Raises ConfigError for a format without a published efficiency.
+
+def efficiency_in(format_name: str, efficiencies: Mapping[str, float]) -> tuple[float, str]:
+    """eff(P) of a format in a table of fitted ones, and the entry that it was taken from.
+
+    A format that was not fitted is taken as the same one with unquantized tables (-h8, -h4), then with unquantized
+    activations for 8-bit ones. Raises ConfigError if none of these is there.
     """
-    for name in (format_name, format_name.replace("a8", "a16", 1)):
-        if name in EFFICIENCY:
-            return EFFICIENCY[name], name
-    raise ConfigError(f"the scaling law knows no format {format_name!r}; it has {', '.join(EFFICIENCY)}")
+    plain = re.sub("-h[48](?=@|$)", "", format_name)
+    for name in (format_name, plain, plain.replace("a8", "a16", 1)):
+        if name in efficiencies:
+            return efficiencies[name], name
+    raise ConfigError(f"the scaling law knows no format {format_name!r}; it has {', '.join(efficiencies)}")
 
 
 def is_extrapolated(parameters: float) -> bool:
