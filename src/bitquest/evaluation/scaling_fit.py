@@ -214,8 +214,8 @@ def _check(runs: Sequence[ScalingRun], reference: str, held: Mapping[str, float]
         ratios = [run.tokens / run.parameters for run in runs]
         if max(ratios) < min(ratios) * (1 + _SAME) and "alpha" not in held:
             raise ConfigError(
-                f"all runs have about {ratios[0]:.3g} tokens per parameter, so what comes from size cannot be told from what "
-                "comes from data: add runs at another ratio, or hold one (--hold beta=0.241 --hold B=86.4)"
+                f"all runs have about {ratios[0]:.3g} tokens per parameter, so what comes from size cannot be told "
+                "from what comes from data: add runs at another ratio, or hold one (--hold beta=0.241 --hold B=86.4)"
             )
 
 

@@ -56,8 +56,9 @@ class ScalingRuns:
 def read_runs(paths: Sequence[str | Path]) -> ScalingRuns:
     """The runs of CSV files, run directories and comparisons (all their runs).
 
-    Runs that diverged or have steps left are left out with a note; of a cell (format, N, D) that was trained at several
-    learning rates only those at the best one stay (lowest mean loss). Raises DataError naming file and line, or folder.
+    Runs that diverged or have steps left are left out with a note. Of a cell (format, N, D) that was trained at several
+    learning rates only one rate's runs stay: the rate with the most runs, of these with the lowest mean loss.
+    Raises DataError naming file and line, or folder.
     """
     found: list[ScalingRun] = []
     notes: list[str] = []
@@ -237,7 +238,9 @@ def _best_rates(runs: Sequence[ScalingRun]) -> tuple[list[ScalingRun], int]:
     for run in runs:
         if run.seed is not None:
             cells.setdefault(_cell(run), {}).setdefault(run.rate, []).append(run.loss)
-    best = {cell: min(rates, key=lambda rate: statistics.fmean(rates[rate])) for cell, rates in cells.items()}
+    best = {}
+    for cell, rates in cells.items():  # a comparison goes on with the best rate: that one has the most seeds
+        best[cell] = min(rates, key=lambda rate: (-len(rates[rate]), statistics.fmean(rates[rate])))
     kept = [run for run in runs if run.seed is None or run.rate == best[_cell(run)]]
     return kept, len(runs) - len(kept)
 

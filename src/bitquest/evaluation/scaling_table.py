@@ -38,8 +38,8 @@ def remarks(law: FittedLaw) -> list[str]:
     about, total = law.about, sum(law.runs.values())
     found = [
         f"{total} runs, sum of squared log residuals {law.sum_of_squares:.7f}; a run lies "
-        f"{100 * law.residual_std:.2g} % from the law (standard deviation); {about.get('starts_that_agree')} of {about.get('starts')} starts found "
-        "this optimum.",
+        f"{100 * law.residual_std:.2g} % from the law (standard deviation); "
+        f"{about.get('starts_that_agree')} of {about.get('starts')} starts found this optimum.",
         range_text(law),
     ]
     if not law.e_is_identifiable:
