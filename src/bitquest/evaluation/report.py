@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from bitquest.evaluation import report_page as html
+from bitquest.evaluation.charts import write_charts
+from bitquest.evaluation.diagnose_charts import diagnostic_charts
 from bitquest.evaluation.figures import loss_curves, seed_spread, size_against_loss
 from bitquest.evaluation.report_page import Table
 from bitquest.evaluation.runs import RunSummary, grouped
@@ -32,13 +34,15 @@ def write_report(
     summary: a sentence or two under the title. results: the main table, made from the runs unless given; `tables`
     follow it. baselines: bits per byte of what is no run, such as {"byte 3-gram": 2.61}; a line in the size chart and
     a note under the table. facts: more about the machine or the data, beside Python, PyTorch and processor.
-    commands: shell lines that reproduce the runs. What a run does not know (size, speed, sample) is left out.
+    commands: shell lines that reproduce the runs. Runs that looked at themselves while they trained (`diagnose.every`)
+    get charts of that, and the folder `diagnostics` beside the page their PNG and CSV files. What a run does not know (size, speed, sample) is left out.
 
     The page is plain HTML with its style and SVG inside: it loads nothing, runs nothing, and all text is escaped.
     Raises MissingExtraError without matplotlib.
     """
     path = Path(path)
     runs = list(runs)
+    looks = diagnostic_charts(runs)
     note = "; ".join(f"{name}: {bits:.4f} bits per byte" for name, bits in (baselines or {}).items())
     sections = [
         html.section(
@@ -51,6 +55,7 @@ def write_report(
             html.figure(loss_curves(runs), _curves_caption(runs)),
             html.figure(seed_spread(runs), "Every seed's loss at the end of training."),
         ),
+        html.section("Diagnostics", *(html.figure(chart.svg, chart.caption) for chart in looks)),
         html.section(
             "Size against loss",
             html.figure(
@@ -68,6 +73,8 @@ def write_report(
         ),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
+    if looks:
+        write_charts(looks, path.parent / "diagnostics")
     write_text_atomic(path, html.page(title, summary, sections))
     return path
 
