@@ -57,8 +57,16 @@ def assert_same_run(one, two):
         {"scheme": LEARNED},
         {"scheme": "w1a1", "train": {"accumulation": 2, "activation_checkpointing": True}},
         {"scheme": "w2a2", "train": {"precision": "bf16"}},
+        {"recipe": {"optimizer": "muon", "row_gain": True, "average_from": 0.4, "matrix_lr": 2.0}},
+        {"recipe": {"optimizer": "soap", "every_eigenbasis": 2, "row_norm": True, "decay_until": 0.5}},
+        {"scheme": "w2a2", "recipe": {"cage": 10.0, "cage_from": 0.2, "freeze": 0.01, "freeze_from": 0.1}},
+        {"recipe": {"activation_bits": [[0, 8], [0.4, 1]], "weight_clip": [[0, 2], [1, 1]], "average_decay": 0.9}},
+        {"scheme": "none", "recipe": {"row_gain": True, "average_from": 0.2, "average_decay": 0.9}},
     ],
-    ids=["none", "w1a1", "tied", "sparse-wsd", "learned", "accumulated", "bf16"],
+    ids=[
+        *("none", "w1a1", "tied", "sparse-wsd", "learned", "accumulated", "bf16"),
+        *("muon-gain-mean", "soap-rows", "cage-freeze", "widths-clip", "none-gain-exponential"),
+    ],
 )
 def test_stopped_twice_is_bit_identical_to_never(make_config, tmp_path, changes):
     config = make_config(**changes)

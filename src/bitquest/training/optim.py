@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bitquest.errors import CheckpointError
+from bitquest.nn.quantizer import regularized_clips
 from bitquest.training.config import OptimizerSection
 from bitquest.training.recipe_config import RecipeSection
 from bitquest.training.soap import SOAP
@@ -49,7 +50,10 @@ AnyOptimizer = torch.optim.Optimizer | Optimizers
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices, not to norms, biases, gains or the learned steps of quantizers."""
+    """Whether weight decay applies: to matrices, not to norms, biases, gains or the learned steps of quantizers.
+
+    PACT's clips decay beside these (`regularized_clips`).
+    """
     return parameter.ndim >= 2 and not name.endswith("_quantizer.step")
 
 
@@ -73,9 +77,11 @@ def make_optimizer(
         own = []
     taken = {id(p) for p in own}
     rest = [(name, p) for name, p in parameters if id(p) not in taken]
+    clips = regularized_clips(model)
+    decaying = [decays(name, p) or name in clips for name, p in rest]
     groups = [
-        {"params": [p for name, p in rest if decays(name, p)], "weight_decay": section.weight_decay},
-        {"params": [p for name, p in rest if not decays(name, p)], "weight_decay": 0.0},
+        {"params": [p for (_, p), d in zip(rest, decaying, strict=True) if d], "weight_decay": section.weight_decay},
+        {"params": [p for (_, p), d in zip(rest, decaying, strict=True) if not d], "weight_decay": 0.0},
     ]
     matrices = {"params": own, "weight_decay": section.weight_decay, "lr_scale": recipe.matrix_lr}
     if recipe.optimizer == "adamw":

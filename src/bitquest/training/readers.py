@@ -54,7 +54,7 @@ def find_inputs(paths: list[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            below = sorted(p for p in path.rglob("*") if p.is_file() and _is_known(p))
+            below = sorted(p for p in path.rglob("*") if p.is_file() and is_known(p))
             if not below:
                 raise DataError(f"{path}: this folder has no .txt or .jsonl files (.gz, .xz, .zst included)")
             files += below
@@ -66,7 +66,8 @@ def find_inputs(paths: list[Path]) -> list[Path]:
     return list({file.resolve(): file for file in files}.values())
 
 
-def _is_known(path: Path) -> bool:
+def is_known(path: Path) -> bool:
+    """Whether a file's name is one of text, compressed or not."""
     try:
         return bool(kind_of(path))
     except DataError:

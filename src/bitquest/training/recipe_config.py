@@ -11,7 +11,7 @@ from typing import Any
 from bitquest.nn.scheme import Scheme
 from bitquest.numerics.grids import UniformGrid
 from bitquest.numerics.quantizer import Quantizer
-from bitquest.training.settings import Points, SettingError, check_settings, setting
+from bitquest.training.settings import Points, SettingError, check_settings, nearest, setting
 
 # Name -> dotted keys of a configuration and their values.
 RECIPES: dict[str, Mapping[str, Any]] = {"quest": {}}
@@ -47,7 +47,7 @@ class RecipeSection:
     residual_init: factor on the initial weights of o_proj and down_proj.
     """
 
-    name: str = setting("quest", choices=tuple(RECIPES))
+    name: str = "quest"
     optimizer: str = setting("adamw", choices=("adamw", "muon", "soap"))
     matrix_lr: float = setting(1.0, above=0)
     momentum: float = setting(0.95, at_least=0, below=1)
@@ -70,6 +70,9 @@ class RecipeSection:
 
     def __post_init__(self) -> None:
         check_settings("recipe", self)
+        if self.name not in RECIPES:
+            hint = nearest(self.name, RECIPES)
+            raise SettingError("recipe.name", f"must be one of {', '.join(RECIPES)}, got {self.name!r}{hint}")
         for key in ("weight_bits", "activation_bits"):
             for _, bits in getattr(self, key):
                 if bits not in (*range(1, 9), 16):
