@@ -198,7 +198,7 @@ def test_a_run_that_diverges_is_recorded_and_the_next_one_begins(tmp_path, confi
         assert all("training diverged" in run.message for run in result.runs)
         assert all(0 < run.step < 6 for run in result.runs)
         assert (result.finished, result.passed) == (True, False)
-        assert result.verdicts[0].reason == "2 of 2 runs of w1a1 diverged"
+        assert result.verdicts[0].reason == "2 of 2 runs of w1a1 diverged or were unstable"
         assert [(s.diverged, s.val_loss, s.difference) for s in result.arms] == [(2, None, None)] * 2
     assert json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]["val_loss"] is None
     assert ",diverged," in (tmp_path / "out" / "results.csv").read_text()
@@ -336,17 +336,25 @@ def test_the_pooled_deviation_is_the_documented_formula():
         (CLEARLY, [2.0, 2.2], [2.28, 2.48], False, "in order by 0.2800, not more than"),
         (CLEARLY, [2.0, 2.2], [2.29, 2.49], True, "in order by 0.2900, more than"),
         (CLEARLY, [2.29, 2.49], [2.0, 2.2], False, "inverted by 0.2900"),
+        # s = 0.1 and the differences are 0.1 ± 0.1 at three seeds, 0.25 ± 0.25 at t = 4.3
+        (
+            CLEARLY,
+            [2.0, 2.1, 2.2],
+            [2.4, 2.35, 2.3],
+            False,
+            "in order by 0.2500, more than two standard deviations, 0.1581, but not separable",
+        ),
         (LESS, [2.0], [2.1], True, "in order; with one seed each"),
         (LESS, [2.1], [2.0], False, "inverted; with one seed each"),
         (LESS, [2.0, math.inf], [2.1, 2.1], False, "1 of 2 runs of a diverged"),
         (LESS, [2.0, 2.0], [1.0, math.inf], True, "a run of b diverged, which is worse"),
         (CLEARLY, [2.0, 2.0], [1.0, math.inf], True, "a run of b diverged"),
-        (Expectation("a", "converges", None), [2.0, 9.0], [], True, "none of 2 runs diverged"),
+        (Expectation("a", "converges", None), [2.0, 9.0], [], True, "none of 2 runs diverged or were unstable"),
         (Expectation("a", "converges", None), [math.inf, 9.0], [], False, "1 of 2 runs of a diverged"),
     ],
 )
 def test_verdicts(expectation, a, b, passed, says):
-    verdict = judge(expectation, {"a": a, "b": b})
+    verdict = judge(expectation, {"a": dict(enumerate(a)), "b": dict(enumerate(b))})
     assert verdict.passed is passed
     assert verdict.reason.startswith(says)
 

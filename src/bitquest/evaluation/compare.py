@@ -22,6 +22,7 @@ from typing import Protocol
 import torch
 
 from bitquest.errors import ConfigError, UserError
+from bitquest.evaluation.compare_claims import require_scipy
 from bitquest.evaluation.compare_file import check_same_plan
 from bitquest.evaluation.compare_page import write_page
 from bitquest.evaluation.compare_plan import PLAN, Comparison, Run, data_digest
@@ -74,6 +75,7 @@ def compare(
     """
     out = Path(out)
     require_matplotlib()
+    require_scipy()
     check_fits(plan)
     _check_directory(out, plan)
     jobs = jobs_of(plan)

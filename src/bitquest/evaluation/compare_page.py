@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bitquest.evaluation.compare_results import ComparisonResult
-from bitquest.evaluation.compare_tables import results_table, verdicts_table
+from bitquest.evaluation.compare_tables import claims_table, results_table, verdicts_table
 from bitquest.evaluation.report import write_report
 from bitquest.evaluation.runs import read_run
 
@@ -29,6 +29,9 @@ def write_page(out: Path, page: Path, result: ComparisonResult, commands: Sequen
         f"{plan.base.data.context} tokens each. Runs of one seed share initial weights and the order of the data."
         f"{swept}",
         results=results_table(result),
-        tables=[verdicts_table(result)] if result.verdicts else [],
+        tables=[
+            *([verdicts_table(result)] if result.verdicts else []),
+            *([claims_table(result)] if result.claims else []),
+        ],
         commands=commands,
     )

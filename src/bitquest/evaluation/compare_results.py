@@ -4,11 +4,13 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
-from bitquest.evaluation.compare_plan import Comparison, Run
+from bitquest.evaluation.compare_claims import Claim, claim
+from bitquest.evaluation.compare_plan import Arm, Comparison, Run
 from bitquest.evaluation.compare_runs import RunResult
 from bitquest.evaluation.ordering import Verdict, judge
 
@@ -38,8 +40,9 @@ class ArmResult:
     """An arm's runs at its best rate (or all, without a sweep). The spreads are over those that did not diverge.
 
     rate: the best rate, None without a sweep or before it is known; at_edge: it is the least or greatest of several
-    that were tried, so a better one may lie outside. difference: the mean of its loss less the unquantized arm's of the
-    same seed, None where that was not trained. packed_bytes: `bitquest.export.packed_sizes`.
+    that were tried, so a better one may lie outside. difference, interval: its mean loss less that of the unquantized
+    arm of the same model, data and, if there is one, recipe, and the 95 % interval (compare_claims.py); None without
+    such an arm. packed_bytes: `bitquest.export.packed_sizes`.
     """
 
     arm: str
@@ -53,6 +56,7 @@ class ArmResult:
     val_loss: Spread | None
     bits_per_byte: Spread | None
     difference: float | None
+    interval: tuple[float, float] | None
     seconds: Spread | None
     packed_bytes: dict[str, int] | None = None
 
@@ -61,13 +65,14 @@ class ArmResult:
 class ComparisonResult:
     """What a comparison found so far: `finished` says whether every run was made.
 
-    failures: by run, why those could not be made whose process died.
+    claims: the difference of every pair of arms. failures: by run, why those could not be made whose process died.
     """
 
     plan: Comparison
     runs: tuple[RunResult, ...]
     arms: tuple[ArmResult, ...]
     verdicts: tuple[Verdict, ...]
+    claims: tuple[Claim, ...]
     finished: bool
     failures: Mapping[str, str] = field(default_factory=dict)
 
@@ -94,12 +99,14 @@ class ComparisonResult:
             "arms": [asdict(arm) | {"set": list(self.plan.arm(arm.arm).overrides)} for arm in self.arms],
             "runs": [asdict(run) | {"diverged": run.diverged} for run in self.runs],
             "failures": dict(self.failures),
+            "claims": [asdict(claim) | {"separable": claim.separable} for claim in self.claims],
             "expectations": [
                 {
                     "expectation": str(verdict.expectation),
                     "passed": verdict.passed,
                     "difference": verdict.difference,
                     "pooled_std": verdict.deviation,
+                    "interval": None if verdict.claim is None else [verdict.claim.low, verdict.claim.high],
                     "reason": verdict.reason,
                 }
                 for verdict in self.verdicts
@@ -154,20 +161,13 @@ def summarize(
         key: [run for run in made if run.arm == key and (not plan.rates or plan.is_map or run.rate == best.get(key))]
         for key in plan.keys
     }
-    reference = {
-        (run.seed, run.rate if plan.is_map else None): run.val_loss
-        for run in chosen.get("none") or next((chosen[arm.key] for arm in plan.arms if arm.scheme == "none"), [])
-        if run.val_loss is not None
-    }
+    losses = {key: {run.seed: run.val_loss for run in own if run.val_loss is not None} for key, own in chosen.items()}
     arms = []
     for arm in plan.arms:
         own = chosen[arm.key]
         good = [run for run in own if run.val_loss is not None]
-        gaps = [
-            run.val_loss - reference[key]
-            for run in good
-            if run.val_loss is not None and (key := (run.seed, run.rate if plan.is_map else None)) in reference
-        ]
+        other = _reference(plan, arm)
+        gap = claim(other, arm.key, losses) if other is not None else None
         rate = best.get(arm.key)
         arms.append(
             ArmResult(
@@ -181,12 +181,36 @@ def summarize(
                 unstable=sum(run.status == "unstable" for run in own),
                 val_loss=Spread.of([run.val_loss for run in good if run.val_loss is not None]),
                 bits_per_byte=Spread.of([run.bits_per_byte for run in good if run.bits_per_byte is not None]),
-                difference=statistics.fmean(gaps) if gaps else None,
+                difference=gap.difference if gap is not None else None,
+                interval=gap.bounds if gap is not None else None,
                 seconds=Spread.of([run.seconds for run in good]),
                 packed_bytes=(packed or {}).get(arm.key),
             )
         )
     finished = len(made) == plan.total_runs()
-    losses = {key: [math.inf if run.val_loss is None else run.val_loss for run in own] for key, own in chosen.items()}
-    verdicts = tuple(judge(pair, losses) for pair in plan.expectations()) if finished else ()
-    return ComparisonResult(plan, made, tuple(arms), verdicts, finished, failures or {})
+    verdicts = tuple(_verdicts(plan, chosen)) if finished else ()
+    claims = tuple(claim(a.key, b.key, losses) for a, b in combinations(plan.arms, 2) if not plan.is_map)
+    return ComparisonResult(plan, made, tuple(arms), verdicts, claims, finished, failures or {})
+
+
+def _verdicts(plan: Comparison, chosen: Mapping[str, Sequence[RunResult]]) -> Iterator[Verdict]:
+    losses = {
+        key: {run.seed: math.inf if run.val_loss is None else run.val_loss for run in own}
+        for key, own in chosen.items()
+    }
+    strict = {
+        key: {run.seed: losses[key][run.seed] if run.status == "finished" else math.inf for run in own}
+        for key, own in chosen.items()
+    }
+    for pair in plan.expectations():
+        yield judge(pair, strict if pair.second is None else losses)
+
+
+def _reference(plan: Comparison, arm: Arm) -> str | None:
+    """The unquantized arm to hold an arm against: alike but for the scheme, or else of the same model and data."""
+    if plan.is_map:
+        return None
+    candidates = [other for other in plan.arms if other.scheme == "none"]
+    alike = [other for other in candidates if replace(other.config, scheme=arm.scheme) == arm.config]
+    near = [o for o in candidates if (o.config.model, o.config.data) == (arm.config.model, arm.config.data)]
+    return next((other.key for other in (*alike, *near)), None)

@@ -1,5 +1,6 @@
 """The tables of a comparison, for the terminal and the report."""
 
+from bitquest.evaluation.compare_claims import NOT_SEPARABLE, Claim
 from bitquest.evaluation.compare_results import ComparisonResult, Spread
 from bitquest.evaluation.report_page import Table
 
@@ -26,6 +27,9 @@ def results_table(result: ComparisonResult, *, narrow: bool = False) -> Table:
     if any(arm.difference is not None and arm.scheme != "none" for arm in arms):
         columns["difference"] = [_number(arm.difference, "+.4f") for arm in arms]
         notes.append("differences to the unquantized model with the same seeds")
+        if any(arm.interval for arm in arms):
+            columns["95 % interval"] = [_interval(arm.interval) for arm in arms]
+            notes.append("intervals of Student's t over seeds")
     columns["bits per byte"] = [_number(arm.bits_per_byte.mean if arm.bits_per_byte else None) for arm in arms]
     if any(arm.packed_bytes for arm in arms):
         columns["MB packed"] = [
@@ -39,11 +43,56 @@ def results_table(result: ComparisonResult, *, narrow: bool = False) -> Table:
 def verdicts_table(result: ComparisonResult) -> Table:
     """A row per expectation."""
     rows = [
-        (str(v.expectation), "passed" if v.passed else "failed", _number(v.difference, "+.4f"), v.reason)
+        (
+            str(v.expectation),
+            "passed" if v.passed else "failed",
+            _number(v.difference, "+.4f"),
+            v.claim.interval if v.claim is not None else "–",
+            v.reason,
+        )
         for v in result.verdicts
     ]
-    note = "Inversions below two standard deviations, pooled over the seeds of the pair, pass a <=."
-    return Table(("expectation", "verdict", "difference", "why"), rows, title="Expectations", note=note)
+    note = (
+        "Inversions below two standard deviations, pooled over the seeds of the pair, pass a <=. A < asks for more "
+        "than two and for an interval without zero."
+    )
+    columns = ("expectation", "verdict", "difference", "95 % interval", "why")
+    return Table(columns, rows, title="Expectations", note=note)
+
+
+def claims_table(result: ComparisonResult) -> Table:
+    """A row per pair of arms, by their mean losses, the lower one first: the difference and whether it is separable."""
+    means = {arm.arm: arm.val_loss.mean for arm in result.arms if arm.val_loss is not None}
+    rows = []
+    for claim in result.claims:
+        if claim.difference is None:
+            continue
+        ordered = claim if claim.difference >= 0 else _turned(claim)
+        rows.append((means[ordered.first], means[ordered.second], ordered))
+    name = result.plan.name
+    cells = [
+        (name(c.first), name(c.second), _number(c.difference, "+.4f"), c.interval, str(c.seeds))
+        for _, _, c in sorted(rows, key=lambda row: row[:2])
+    ]
+    note = (
+        "Mean loss of the second less that of the first, in nats per token, with the 95 % interval of Student's t, "
+        "paired by seed where both have it. Each interval stands alone: of twenty differences that are nothing but "
+        "noise, one on average looks separable."
+    )
+    return Table(("lower", "higher", "difference", "95 % interval", "seeds"), cells, title="Every pair", note=note)
+
+
+def _turned(claim: Claim) -> Claim:
+    low, high = (None, None) if claim.low is None or claim.high is None else (-claim.high, -claim.low)
+    difference = -claim.difference if claim.difference is not None else None
+    return Claim(claim.second, claim.first, difference, low, high, claim.seeds, claim.is_paired)
+
+
+def _interval(interval: tuple[float, float] | None) -> str:
+    if interval is None or interval == (0.0, 0.0):
+        return "–"
+    words = f"{interval[0]:+.4f} to {interval[1]:+.4f}"
+    return words if interval[0] > 0 or interval[1] < 0 else f"{words}, {NOT_SEPARABLE}"
 
 
 def _spread(spread: Spread | None) -> str:

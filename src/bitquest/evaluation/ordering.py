@@ -6,10 +6,11 @@ variances v_a and v_b (divided by n - 1) over n_a and n_b seeds, the pooled stan
     s = sqrt(((n_a - 1) · v_a + (n_b - 1) · v_b) / (n_a + n_b - 2))
 
     a <= b   holds if m_a <= m_b, or if the inversion is small: m_a - m_b < 2 s
-    a < b    holds if a is clearly lower:                       m_b - m_a > 2 s
+    a < b    holds if a is clearly lower: m_b - m_a > 2 s, and the 95 % interval of the difference leaves out zero
+             (compare_claims.py)
 
 With one seed each there is no s: `a <= b` then takes m_a <= m_b alone, and `a < b` cannot be decided. A chain of one
-scheme, "w1a1", expects only that none of its runs diverged.
+arm, "w1a1", expects only that none of its runs diverged or was unstable.
 """
 
 import math
@@ -21,6 +22,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from bitquest.errors import ConfigError
+from bitquest.evaluation.compare_claims import NOT_SEPARABLE, Claim, claim
 from bitquest.nn import Scheme
 
 Relation = Literal["<=", "<", "converges"]
@@ -40,13 +42,14 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an expectation holds, with the numbers: second's mean less first's, and the pooled deviation."""
+    """Whether an expectation holds, with the numbers: second's mean less first's, pooled deviation, interval."""
 
     expectation: Expectation
     passed: bool
     difference: float | None
     deviation: float | None
     reason: str
+    claim: Claim | None = None
 
 
 def parse_expectation(
@@ -112,29 +115,43 @@ def pooled_deviation(first: Sequence[float], second: Sequence[float]) -> float |
     return math.sqrt(squares / freedom)
 
 
-def judge(expectation: Expectation, losses: Mapping[str, Sequence[float]]) -> Verdict:
-    """Whether an expectation holds for the losses of every scheme (math.inf for a run that diverged)."""
+def judge(expectation: Expectation, losses: Mapping[str, Mapping[int, float]]) -> Verdict:
+    """Whether an expectation holds for the losses of every arm by seed.
+
+    math.inf stands for a run that diverged, and, where none should have, for an unstable one.
+    """
+    found = {arm: list(by_seed.values()) for arm, by_seed in losses.items()}
+    if expectation.second is None:
+        return _judged(expectation, found, None)
+    finite = {arm: {s: loss for s, loss in by_seed.items() if math.isfinite(loss)} for arm, by_seed in losses.items()}
+    return _judged(expectation, found, claim(expectation.first, expectation.second, finite))
+
+
+def _judged(expectation: Expectation, losses: Mapping[str, Sequence[float]], found: Claim | None) -> Verdict:
     first = losses[expectation.first]
     diverged = sum(not math.isfinite(loss) for loss in first)
+    how = "diverged" if expectation.second is not None else "diverged or were unstable"
     if diverged:
-        return Verdict(
-            expectation, False, None, None, f"{diverged} of {len(first)} runs of {expectation.first} diverged"
-        )
+        reason = f"{diverged} of {len(first)} runs of {expectation.first} {how}"
+        return Verdict(expectation, False, None, None, reason, found)
     if expectation.second is None:
-        return Verdict(expectation, True, None, None, f"none of {len(first)} runs diverged")
+        return Verdict(expectation, True, None, None, f"none of {len(first)} runs {how}")
     second = losses[expectation.second]
     if not all(map(math.isfinite, second)):
-        return Verdict(expectation, True, None, None, f"a run of {expectation.second} diverged, which is worse")
+        return Verdict(expectation, True, None, None, f"a run of {expectation.second} diverged, which is worse", found)
     difference = sum(second) / len(second) - sum(first) / len(first)
     deviation = pooled_deviation(first, second)
     if expectation.relation == "<":
-        passed = deviation is not None and difference > 2 * deviation
+        passed = deviation is not None and difference > 2 * deviation and found is not None and bool(found.separable)
     else:
         passed = difference >= 0 or (deviation is not None and -difference < 2 * deviation)
-    return Verdict(expectation, passed, difference, deviation, _reason(expectation, passed, difference, deviation))
+    reason = _reason(expectation, difference, deviation)
+    if expectation.relation == "<" and not passed and deviation is not None and difference > 2 * deviation:
+        reason += f", but {NOT_SEPARABLE}: its 95 % interval holds zero"
+    return Verdict(expectation, passed, difference, deviation, reason, found)
 
 
-def _reason(expectation: Expectation, passed: bool, difference: float, deviation: float | None) -> str:
+def _reason(expectation: Expectation, difference: float, deviation: float | None) -> str:
     order = "in order" if difference >= 0 else "inverted"
     if deviation is None:
         return f"{order}; with one seed each nothing tells how far seeds scatter"
