@@ -1,7 +1,7 @@
 """`bitquest eval`: perplexity and bits per byte of a text, or scores on multiple-choice questions, under a model."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,6 +9,10 @@ from bitquest.cli.console import err, print_json_object, print_table
 from bitquest.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.progress import Progress
+
     from bitquest.evaluation.sources import OpenedModel
     from bitquest.evaluation.task_files import Task
 
@@ -56,6 +60,7 @@ def command(
     with err.status("reading the model"):
         opened = open_model(model, step, backend, device)
     about = {"model": str(model), "kind": opened.kind}
+    found: dict[str, Any]
     if data is not None:
         found = {"data": str(data), **_text(opened, data, tokens, context, batch)}
     else:
@@ -64,23 +69,22 @@ def command(
         print_json_object("eval", about | found)
 
 
-def _text(opened: "OpenedModel", data: Path, tokens: int | None, context: int | None, batch: int | None) -> dict:
-    from rich.progress import Progress
-
+def _text(
+    opened: "OpenedModel", data: Path, tokens: int | None, context: int | None, batch: int | None
+) -> dict[str, Any]:
     from bitquest.evaluation.perplexity import evaluate_tokens
     from bitquest.evaluation.sources import open_stream
 
     with err.status("reading the text"):
         stream = open_stream(data, opened.tokenizer, tokens)
-    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("evaluating", total=stream.tokens.numel() - 1)
+    with _progress() as bar:
         result = evaluate_tokens(
             opened.model,
             stream.tokens,
             utf8_bytes=stream.utf8_bytes,
             context=context,
             batch_size=batch,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=_shown_on(bar, "evaluating"),
         )
     err.print(
         f"{result.tokens} tokens, {result.utf8_bytes} bytes: loss {result.loss:.4f} nats per token, "
@@ -92,24 +96,26 @@ def _text(opened: "OpenedModel", data: Path, tokens: int | None, context: int | 
     return dict(result.to_json())
 
 
-def _tasks(opened: "OpenedModel", tasks: "list[Task]", context: int | None, batch: int | None) -> list[dict]:
-    from rich.progress import Progress
-
+def _tasks(opened: "OpenedModel", tasks: "list[Task]", context: int | None, batch: int | None) -> list[dict[str, Any]]:
     from bitquest.evaluation.tasks import evaluate_task, score_table
 
     scores = []
-    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
+    with _progress() as bar:
         for task in tasks:
-            shown = bar.add_task(task.path.name)
+            shown = _shown_on(bar, task.path.name)
             scores.append(
-                evaluate_task(
-                    opened.model,
-                    opened.tokenizer,
-                    task,
-                    context=context,
-                    batch_size=batch,
-                    progress=lambda done, total, shown=shown: bar.update(shown, completed=done, total=total),
-                )
+                evaluate_task(opened.model, opened.tokenizer, task, context=context, batch_size=batch, progress=shown)
             )
     print_table(score_table(scores))
     return [score.to_json() for score in scores]
+
+
+def _progress() -> "Progress":
+    from rich.progress import Progress
+
+    return Progress(console=err, transient=True, disable=not err.is_terminal)
+
+
+def _shown_on(bar: "Progress", name: str) -> "Callable[[int, int], None]":
+    row = bar.add_task(name, total=None)
+    return lambda done, total: bar.update(row, completed=done, total=total)

@@ -15,6 +15,7 @@ B rows, T places of a row, N predicted tokens of a batch, C channels of a head.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -220,9 +221,10 @@ def _scored(model: Llama, rows: list[_Row], length: int, device: torch.device) -
     cache = _SideBySide(place.to(device), part.to(device))
     target_N = torch.tensor(targets, device=device)
     logits_NV = model(tokens.to(device), cache, only_N=torch.tensor(at, device=device)).float()
-    nats_N = F.cross_entropy(logits_NV, target_N, reduction="none").neg().double().cpu()
-    hit_N = (logits_NV.argmax(-1) == target_N).cpu()
-    sizes = [len(continuation) for row in rows for continuation in row.continuations]
-    numbers = [number for row in rows for number in row.numbers]
-    for number, nats, hits in zip(numbers, nats_N.split(sizes), hit_N.split(sizes), strict=True):
-        yield number, Likelihood(float(nats.sum()), bool(hits.all()))
+    nats_N = F.cross_entropy(logits_NV, target_N, reduction="none").neg().double()
+    hit_N = logits_NV.argmax(-1) == target_N
+    values = zip(nats_N.tolist(), hit_N.tolist(), strict=True)
+    for row in rows:
+        for number, continuation in zip(row.numbers, row.continuations, strict=True):
+            nats, hits = zip(*islice(values, len(continuation)), strict=True)
+            yield number, Likelihood(sum(nats), all(hits))

@@ -12,7 +12,7 @@ from bitquest.export.loader import usable_device
 from bitquest.models import Llama, Tokenizer, load_hf
 from bitquest.ops.backend import resolve_backend
 from bitquest.training.data import Tokens, open_tokens
-from bitquest.training.readers import find_inputs, pieces
+from bitquest.training.readers import find_inputs, is_known, pieces
 from bitquest.training.runs import is_run, load_run
 
 VALIDATION = "val"
@@ -56,16 +56,20 @@ def open_model(path: Path, step: int | None = None, backend: str = "auto", devic
 
 
 def open_stream(path: Path, tokenizer: Tokenizer, limit: int | None = None) -> Stream:
-    """Tokens to predict: the validation split of prepared data, or text files (.txt, .jsonl, compressed, folders).
+    """Tokens to predict: the validation split of prepared data, or text files (also compressed, and folders of them).
 
-    limit: at most so many tokens. Raises DataError: missing, empty, or prepared with another tokenizer.
+    A file named as neither .txt nor .jsonl is read as text; a folder's such files are left out. limit: at most so many
+    tokens. Raises DataError: missing, empty, or prepared with another tokenizer.
     """
     if limit is not None and limit < 1:
         raise DataError(f"{limit} tokens are none to evaluate; give at least 1")
     if (path / "manifest.json").is_file():
         return _prepared_stream(path, tokenizer, limit)
     try:
-        found = (piece for file in find_inputs([path]) for piece in pieces(file))
+        if path.is_file() and not is_known(path):
+            found = pieces(path, kind=".txt")
+        else:
+            found = (piece for file in find_inputs([path]) for piece in pieces(file))
         return pieces_stream(tokenizer, found, limit)
     except DataError as error:
         raise DataError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
