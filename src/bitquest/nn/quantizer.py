@@ -161,7 +161,7 @@ def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 class _Operand(nn.Module):
-    """A quantizer of one operand; `spec` None rotates only. A learned step is the parameter `step`."""
+    """A quantizer of one operand; `spec` None rotates only. A learned step is the parameter `step`, Δ · `unit`."""
 
     step: Tensor | None
 
@@ -169,10 +169,11 @@ class _Operand(nn.Module):
         super().__init__()
         self.spec = spec
         self.text = quantizer_text(spec) if spec is not None else ""
+        self.unit = spec.scale.unit(spec.grid) if spec is not None and isinstance(spec.scale, Learned) else 1.0
         if step is None:
             self.register_parameter("step", None)
         else:
-            self.step = nn.Parameter(step)
+            self.step = nn.Parameter(step * self.unit)
 
     def respecify(self, spec: Quantizer | None) -> None:
         """Quantize by another specification from now on. Neither it nor the present one may have a learned step."""
@@ -181,7 +182,7 @@ class _Operand(nn.Module):
 
     def effective_step(self) -> Tensor | None:
         """The Δ in use, positive whatever training does to the parameter; None where the scale rule computes it."""
-        return None if self.step is None else self.step.abs().clamp_min(EPSILON)
+        return None if self.step is None else (self.step.abs() / self.unit).clamp_min(EPSILON)
 
     def encode(self, operand: Tensor, rotation: Rotation) -> Encoded | None:
         """Codes, step and kept mask of the operand (…, K); None if it is not quantized."""
@@ -210,6 +211,20 @@ class _Operand(nn.Module):
         return repr(self.spec)
 
 
+def regularized_clips(model: nn.Module) -> frozenset[str]:
+    """Names of the learned clips that weight decay applies to: PACT regularizes α (arXiv 1805.06085, section 3)."""
+    return frozenset(
+        f"{name}.step"
+        for name, operand in model.named_modules()
+        if isinstance(operand, _Operand) and operand.spec is not None and _is_pact(operand.spec)
+    )
+
+
+def _is_pact(spec: Quantizer) -> bool:
+    """Whether the operand's step is a clip learned as PACT learns it."""
+    return isinstance(spec.scale, Learned) and spec.scale.gradient == "pact"
+
+
 class ActivationQuantizer(_Operand):
     """Quantizes a layer's input, once for all layers that read the same tensor.
 
@@ -235,10 +250,10 @@ class ActivationQuantizer(_Operand):
         flat = x.detach().reshape(-1, x.shape[-1])
         with torch.no_grad():
             if self.offset is None:
-                self.step.copy_(encode(flat, self.spec, rotation).step)
+                self.step.copy_(encode(flat, self.spec, rotation).step * self.unit)
             else:
                 step, offset = fit_offset(rotation.apply(flat), self.spec)
-                self.step.copy_(step)
+                self.step.copy_(step * self.unit)
                 self.offset.copy_(offset)
 
     def encode(self, operand: Tensor, rotation: Rotation) -> Encoded | None:

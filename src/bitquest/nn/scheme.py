@@ -12,7 +12,7 @@ from bitquest.errors import ConfigError
 from bitquest.nn.formats import FORMATS
 from bitquest.nn.methods import METHODS
 from bitquest.numerics.estimators import Clip, Estimator, StraightThrough, Trust
-from bitquest.numerics.grids import Grid, UniformGrid
+from bitquest.numerics.grids import CodebookGrid, Grid, UniformGrid
 from bitquest.numerics.quantizer import Quantizer
 from bitquest.numerics.rotations import BlockHadamard, NoRotation, Rotation, rotation_from_json
 from bitquest.numerics.scaling import Granularity, Learned, PerGroup, PerTensor, TwoLevel
@@ -215,7 +215,10 @@ def _short_name(scheme: Scheme) -> str | None:
     sparsities = [f"-{name}" for name, pattern in _SPARSITIES.items() if specs and pattern == specs[0].sparsity]
     norot = "-norot" if isinstance(scheme.rotation, NoRotation) else ""
     tables = [f"-{name}" for name, b in _TABLE_BITS.items() if scheme.head is not None and scheme.head.bits == b]
-    axes = [["", *(f"-{name}" for name in names)] for names in ((*_ESTIMATORS, *METHODS), FORMATS, _GRANULARITIES)]
+    # Computing a codebook takes time: only a codebook can be a format.
+    grids = [(spec.grid, spec.bits) for spec in specs if isinstance(spec.grid, CodebookGrid)]
+    formats = [name for name, made in FORMATS.items() if any(made.weight(b).grid == grid for grid, b in grids)]
+    axes = [["", *(f"-{name}" for name in names)] for names in ((*_ESTIMATORS, *METHODS), formats, _GRANULARITIES)]
     candidates = sorted(product(*axes), key=lambda parts: sum(map(bool, parts))) if specs else [("", "", "")]
     for how, format_name, shared in candidates:
         candidate = "".join([widths, format_name, *sparsities, shared, norot, how, *tables])

@@ -84,7 +84,7 @@ def gaussian_step(levels: tuple[float, ...]) -> float:
 
 @cache
 def lloyd_max_levels(bits: int) -> tuple[float, ...]:
-    """The 2^bits levels (in units of σ, increasing, symmetric) of the least squared error for N(0, 1), to 12 digits.
+    """The 2^bits levels (in units of σ, increasing, symmetric) of the least squared error for N(0, 1), to 9 digits.
 
     Lloyd (1982) and Max (1960): each level is the mean of its cell, and cells end halfway between levels. Newton's
     method on these equations for the positive half, from the density φ^(1/3) that is best for many levels (Panter and
@@ -95,15 +95,19 @@ def lloyd_max_levels(bits: int) -> tuple[float, ...]:
     levels = [3**0.5 * NormalDist().inv_cdf((half + i + 0.5) / (2 * half)) for i in range(half)]
     cells = _positive_cells(levels)
     for _ in range(500):
-        trial = [level - part for level, part in zip(levels, _newton_change(levels, cells), strict=True)]
-        increasing = trial[0] > 0 and all(a < b for a, b in pairwise(trial))
-        if not increasing or _worst(_positive_cells(trial), trial) > _worst(cells, levels):
+        newton = _newton_change(levels, cells)
+        for part in (1.0, 0.5, 0.25, 0.125):
+            trial = [level - part * step for level, step in zip(levels, newton, strict=True)]
+            increasing = trial[0] > 0 and all(a < b for a, b in pairwise(trial))
+            if increasing and _worst(_positive_cells(trial), trial) <= _worst(cells, levels):
+                break
+        else:
             trial = [moment / probability for probability, moment in cells]
         change = max(abs(a - b) for a, b in zip(levels, trial, strict=True))
         levels, cells = trial, _positive_cells(trial)
         if change < 1e-14:
             break
-    positive = [round(level, 12) for level in levels]
+    positive = [round(level, 9) for level in levels]
     return (*(-level for level in reversed(positive)), *positive)
 
 

@@ -198,6 +198,11 @@ class Learned:
     (PACT, 1805.06085, eq. 3, two-sided); "elastic" G ⊙ x_q/Δ over √(N·Q): ParetoQ's at 1 bit.
 
     offset: x_q = Q((x_h − β)/Δ)·Δ + β with a learned β, for activations (LSQ+). Raises ConfigError for unknown names.
+
+    What the module holds is Δ times `unit`. Adam moves every parameter by about the learning rate, whatever factor its
+    gradient has, so it undoes LSQ's 1/√(N·Q), whose purpose is that a step changes as fast, relative to itself, as the
+    weights do; a step of many bits, far smaller than the weights, would jump by more than itself. √Q·Δ, which starts at
+    2·mean|x|, keeps that purpose at every width. PACT's parameter is the clip α = Q·Δ. Of plain Learned() it is Δ.
     """
 
     start: str = "gaussian"
@@ -224,6 +229,12 @@ class Learned:
             return mean.mul_(2 / max(largest, 1.0) ** 0.5) if self.start == "lsq" else mean.div_(largest)
         reach = largest + 0.5 if self.start == "stretched" else largest
         return grouped.abs().amax(-1, keepdim=True).add_(EPSILON).div_(reach)
+
+    def unit(self, grid: Grid) -> float:
+        """The module's parameter over Δ."""
+        if self == Learned():
+            return 1.0
+        return grid.levels[-1] if self.gradient == "pact" else max(grid.levels[-1], 1.0) ** 0.5
 
     def check(self, grid: Grid) -> None:
         """Every grid will do."""
