@@ -33,10 +33,18 @@ def require_matplotlib() -> None:
 
 
 def loss_curves(runs: Sequence[RunSummary]) -> str:
-    """Loss against steps: smoothed training loss as thin lines, validation loss as marked points; '' without points."""
+    """Loss against steps as SVG; '' without points."""
+    with loss_figure(runs) as figure:
+        return "" if figure is None else _svg(figure, "loss", "Loss against training steps")
+
+
+@contextmanager
+def loss_figure(runs: Sequence[RunSummary]) -> Iterator[Any]:
+    """Loss against steps: smoothed training loss as thin lines, validation loss as marked points; None without any."""
     groups = {name: group for name, group in grouped(list(runs)).items() if any(_points(run) for run in group)}
     if not groups:
-        return ""
+        yield None
+        return
     right = _text_width([f"{_short(name)}  00.000" for name in groups]) + 0.35
     with _axes(4.4, right=right) as (figure, axes):
         from matplotlib.ticker import MaxNLocator
@@ -59,11 +67,18 @@ def loss_curves(runs: Sequence[RunSummary]) -> str:
         axes.set_xlabel("step")
         axes.set_ylabel("loss, nats per token")
         _label_ends(axes, ends)
-        return _svg(figure, "loss", "Loss against training steps")
+        yield figure
 
 
 def size_against_loss(runs: Sequence[RunSummary], baselines: Mapping[str, float] | None = None) -> str:
-    """Packed megabytes (logarithmic) against bits per byte, a mark per name; '' if there are not two to compare."""
+    """Packed size against bits per byte as SVG; '' if there are not two to compare."""
+    with size_figure(runs, baselines) as figure:
+        return "" if figure is None else _svg(figure, "size", "Packed size against bits per byte")
+
+
+@contextmanager
+def size_figure(runs: Sequence[RunSummary], baselines: Mapping[str, float] | None = None) -> Iterator[Any]:
+    """Packed megabytes (logarithmic) against bits per byte, a mark per name; None if there are not two to compare."""
     groups = {}
     for name, group in grouped(list(runs)).items():
         size = mean([run.packed_mb for run in group if run.packed_mb is not None])
@@ -71,7 +86,8 @@ def size_against_loss(runs: Sequence[RunSummary], baselines: Mapping[str, float]
         if size and bits:
             groups[name] = (size, bits)
     if not groups or len(groups) + len(baselines or {}) < 2:
-        return ""
+        yield None
+        return
     colours = dict(zip(grouped(list(runs)), _styles(grouped(list(runs))), strict=True))
     right = _text_width([_short(max(groups, key=lambda name: groups[name][0]))]) + 0.2
     with _axes(4.2, right=right) as (figure, axes):
@@ -103,7 +119,7 @@ def size_against_loss(runs: Sequence[RunSummary], baselines: Mapping[str, float]
                 _short(name), (size, bits), xytext=(dx, dy), textcoords="offset points", ha=side, va="center",
                 color=colour, fontweight="bold", annotation_clip=False,
             )  # fmt: skip
-        return _svg(figure, "size", "Packed size against bits per byte")
+        yield figure
 
 
 def seed_spread(runs: Sequence[RunSummary]) -> str:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from bitquest.evaluation import report_page as html
-from bitquest.evaluation.charts import write_charts
+from bitquest.evaluation.charts import Chart, write_charts
 from bitquest.evaluation.diagnose_charts import diagnostic_charts
 from bitquest.evaluation.figures import loss_curves, seed_spread, size_against_loss
 from bitquest.evaluation.report_page import Table
 from bitquest.evaluation.runs import RunSummary, grouped
 from bitquest.files import write_text_atomic
+
+SIZE_CAPTION = "Lower and further left is better. Sizes are of all tensors of the packed model; 1 MB is 10⁶ bytes."
 
 
 def write_report(
@@ -28,6 +30,7 @@ def write_report(
     baselines: Mapping[str, float] | None = None,
     facts: Mapping[str, str] | None = None,
     commands: Sequence[str] = (),
+    charts: Mapping[str, Sequence[Chart]] | None = None,
 ) -> Path:
     """Write a report of `runs` to `path` (parents are made) and return it; an existing page is replaced in one go.
 
@@ -35,7 +38,9 @@ def write_report(
     follow it. baselines: bits per byte of what is no run, such as {"byte 3-gram": 2.61}; a line in the size chart and
     a note under the table. facts: more about the machine or the data, beside Python, PyTorch and processor.
     commands: shell lines that reproduce the runs. Runs that looked at themselves while they trained (`diagnose.every`)
-    get charts of that, and the folder `diagnostics` beside the page their PNG and CSV files. What a run does not know (size, speed, sample) is left out.
+    get charts of that, and the folder `diagnostics` beside the page their PNG and CSV files. charts: below the table of
+    "Results", and in the place of what "Training" and "Size against loss" show of themselves. What a run does not know
+    (size, speed, sample) is left out.
 
     The page is plain HTML with its style and SVG inside: it loads nothing, runs nothing, and all text is escaped.
     Raises MissingExtraError without matplotlib.
@@ -48,19 +53,19 @@ def write_report(
         html.section(
             "Results",
             html.table(results or results_table(runs, note)) if results or runs else "",
+            *_figures((charts or {}).get("Results", ())),
             *(html.table(table) for table in tables),
         ),
         html.section(
-            "Training",
-            html.figure(loss_curves(runs), _curves_caption(runs)),
-            html.figure(seed_spread(runs), "Every seed's loss at the end of training."),
+            "Training", *(_curves_and_seeds(runs) if charts is None else _figures(charts.get("Training", ())))
         ),
-        html.section("Diagnostics", *(html.figure(chart.svg, chart.caption) for chart in looks)),
+        html.section("Diagnostics", *_figures(looks)),
         html.section(
             "Size against loss",
-            html.figure(
-                size_against_loss(runs, baselines),
-                "Lower and further left is better. Sizes are of all tensors of the packed model; 1 MB is 10⁶ bytes.",
+            *(
+                [html.figure(size_against_loss(runs, baselines), SIZE_CAPTION)]
+                if charts is None
+                else _figures(charts.get("Size against loss", ()))
             ),
         ),
         html.section(
@@ -77,6 +82,17 @@ def write_report(
         write_charts(looks, path.parent / "diagnostics")
     write_text_atomic(path, html.page(title, summary, sections))
     return path
+
+
+def _curves_and_seeds(runs: Sequence[RunSummary]) -> list[str]:
+    return [
+        html.figure(loss_curves(runs), curves_caption(runs)),
+        html.figure(seed_spread(runs), "Every seed's loss at the end of training."),
+    ]
+
+
+def _figures(charts: Sequence[Chart]) -> list[str]:
+    return [html.figure(chart.svg, chart.caption) for chart in charts]
 
 
 def results_table(runs: Sequence[RunSummary], note: str = "") -> Table:
@@ -155,7 +171,8 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _curves_caption(runs: Sequence[RunSummary]) -> str:
+def curves_caption(runs: Sequence[RunSummary]) -> str:
+    """What a chart of loss curves shows."""
     seeds = max((len(group) for group in grouped(list(runs)).values()), default=0)
     several = f", the mean over up to {seeds} seeds" if seeds > 1 else ""
     return f"Marks: validation loss{several}. Thin lines: training loss, smoothed. The first steps may lie outside."
