@@ -72,6 +72,7 @@ ASSUMED = {
     "docs/howto/generate.md": _packed_run,
     "docs/howto/gpu-benchmarks.md": _prepared,
     "docs/howto/pack.md": _finished_run,
+    "docs/howto/recipes.md": _prepared,
 }
 
 
