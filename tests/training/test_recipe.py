@@ -12,9 +12,11 @@ from bitquest.numerics import Clip, PerTensor, Quantizer
 from bitquest.numerics.fake_quant import fake_quantize
 from bitquest.training import TrainConfig, load_run, open_tokens, train
 from bitquest.training.evaluate import held_out_loss
+from bitquest.training.loggers import read_metrics
 from bitquest.training.recipe import Recipe
 from bitquest.training.recipe_cage import cage_strength, quantization_error
 from bitquest.training.recipe_config import RecipeSection
+from bitquest.training.recipe_distill import Distillation
 from bitquest.training.recipe_freeze import Freeze
 from bitquest.training.recipe_gain import RowGain
 from bitquest.training.recipe_widths import ratio_at, width_at
@@ -263,3 +265,48 @@ def test_the_papers_recipe_has_no_parts():
     assert recipe.parts == []
     assert recipe.tensors() == {}
     assert isinstance(recipe.model.get_submodule(O_PROJ), QuantizedLinear)
+
+
+# --- distillation ---------------------------------------------------------------------------------------------------
+
+
+def test_distillation_mixes_the_texts_loss_and_the_divergence_from_the_teacher(make_config, tmp_path):
+    config = make_config(scheme="none", train={"steps": 2})
+    train(config, tmp_path / "teacher")
+    section = RecipeSection(teacher=str(tmp_path / "teacher"), distill=0.25)
+    made = Distillation(section, open_tokens(config.data.path), torch.device("cpu"))
+    teacher, student = load_run(tmp_path / "teacher").model, load_run(tmp_path / "teacher").model
+    with torch.no_grad():
+        student.lm_head.weight.mul_(2)
+    windows = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+    p, q = (model(windows[:, :-1]).softmax(-1) for model in (teacher, student))
+    text = -q.log().gather(-1, windows[:, 1:, None]).mean()
+    expected = 0.75 * text + 0.25 * (p * (p / q).log()).sum(-1).mean()
+    torch.testing.assert_close(made.loss(student, windows), expected)
+    assert "its 2 steps of 4 × 16 tokens" in made.cost
+
+
+def test_a_run_with_a_teacher_says_what_it_costs_and_learns_from_it(make_config, tmp_path):
+    train(make_config(scheme="none"), tmp_path / "teacher")
+    told = []
+
+    class Listener:
+        def on_start(self, start):
+            told.extend(start.notices)
+
+        def on_step(self, record): ...
+
+        def on_evaluate(self, record): ...
+
+        def on_end(self, result): ...
+
+    config = make_config(recipe={"teacher": str(tmp_path / "teacher"), "distill": 1.0})
+    train(config, tmp_path / "student", display=Listener())
+    assert len(told) == 1
+    assert told[0].startswith(f"distilled from {tmp_path / 'teacher'}: its 12 steps")
+    first, *_, last = [r["loss"] for r in read_metrics(tmp_path / "student" / "metrics.jsonl") if r["kind"] == "train"]
+    assert last < first < 3  # a divergence, and not the text's 5.5 nats
+    missing = make_config(recipe={"teacher": str(tmp_path / "nowhere")})
+    with pytest.raises(CheckpointError, match="no such run directory"):
+        train(missing, tmp_path / "none")
+    assert not (tmp_path / "none").exists()

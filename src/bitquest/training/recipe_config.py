@@ -45,6 +45,7 @@ class RecipeSection:
     share freeze_from on.
     row_gain: a learned factor per output row. row_norm: keep the rows' norms as they were when training began.
     residual_init: factor on the initial weights of o_proj and down_proj.
+    teacher: a run to distil from ("": none), and distill, the share of its part in the loss.
     """
 
     name: str = "quest"
@@ -67,6 +68,8 @@ class RecipeSection:
     row_gain: bool = False
     row_norm: bool = False
     residual_init: float = setting(1.0, above=0)
+    teacher: str = ""
+    distill: float = setting(0.5, at_least=0, at_most=1)
 
     def __post_init__(self) -> None:
         check_settings("recipe", self)
@@ -111,9 +114,9 @@ class RecipeSection:
             raise SettingError(
                 "recipe.freeze", f"is of dense weights with a computed step, not those of scheme = {str(scheme)!r}"
             )
-        if compiled and (self.changes_quantizers or self.row_gain):
+        if compiled and (self.changes_quantizers or self.row_gain or self.teacher):
             raise SettingError(
-                "train.compile", "= true does not go with a recipe that changes the layers: set it to false"
+                "train.compile", "= true does not go with a recipe that changes the layers or the loss: set it to false"
             )
 
 

@@ -63,7 +63,8 @@ class StepResult:
 class Stepper:
     """Takes optimizer steps on a model; nothing in it waits for the device unless the masked share is asked for.
 
-    before_update(lr) is called when the gradients are there and the weights have not moved yet.
+    before_update(lr) is called when the gradients are there and the weights have not moved yet. loss_of(model, windows)
+    is the mean loss to lower, `next_token_loss` if not given.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Stepper:
         clip: float,
         device: torch.device,
         before_update: Callable[[float], None] | None = None,
+        loss_of: LossOf | None = None,
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.accumulation, self.clip = section.accumulation, clip or float("inf")
@@ -81,9 +83,8 @@ class Stepper:
         self.precision = choose_precision(section.precision, device)
         self.compiled = section.compile
         # one shape, and an error instead of a silent return to eager: the model has no graph breaks
-        self._loss_of: LossOf = (
-            torch.compile(next_token_loss, dynamic=False, fullgraph=True) if section.compile else next_token_loss
-        )
+        loss_of = next_token_loss if loss_of is None else loss_of
+        self._loss_of: LossOf = torch.compile(loss_of, dynamic=False, fullgraph=True) if section.compile else loss_of
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def step(self, windows_BT1: Tensor, lr: float, *, record: bool = False) -> StepResult:

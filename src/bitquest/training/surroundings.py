@@ -24,7 +24,10 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     model = config.model
     if model.init_from is not None:
         model = dataclasses.replace(model, init_from=str(Path(model.init_from).expanduser().absolute()))
-    return dataclasses.replace(config, data=data, model=model)
+    recipe = config.recipe
+    if recipe.teacher:
+        recipe = dataclasses.replace(recipe, teacher=str(Path(recipe.teacher).expanduser().absolute()))
+    return dataclasses.replace(config, data=data, model=model, recipe=recipe)
 
 
 @contextmanager

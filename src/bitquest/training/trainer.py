@@ -37,6 +37,7 @@ from bitquest.training.evaluate import HeldOutLoss, held_out_loss
 from bitquest.training.loggers import Loggers, Record, require_loggers
 from bitquest.training.optim import load_optimizer, optimizer_tensors
 from bitquest.training.recipe import Recipe
+from bitquest.training.recipe_distill import Distillation
 from bitquest.training.runs import check_free, check_same, claimed, is_run, start_run
 from bitquest.training.schedule import learning_rate_share
 from bitquest.training.step import Stepper, StepResult, autocast, choose_device
@@ -181,6 +182,7 @@ class _Session:
             fuse_(self.model)
         self.model.activation_checkpointing = config.train.activation_checkpointing
         self.recipe = Recipe(self.model, config, is_new=checkpoint is None)
+        teacher = Distillation(config.recipe, self.tokens, self.device) if config.recipe.teacher else None
         self.optimizer = self.recipe.optimizer
         self.stepper = Stepper(
             self.model,
@@ -189,6 +191,7 @@ class _Session:
             config.optimizer.clip,
             self.device,
             lambda lr: self.recipe.before_update(self.step + 1, lr),
+            None if teacher is None else teacher.loss,
         )
         # what checkpoints carry on: the last losses, tokens and seconds
         self.progress: Record = {
@@ -204,6 +207,8 @@ class _Session:
             restore_generators(checkpoint.optimizer, self.device)
             self.progress = {name: checkpoint.state.get(name, start) for name, start in self.progress.items()}
             self.notices = changes(checkpoint.state.get("environment", {}), self.environment)
+        if teacher is not None:
+            self.notices += (teacher.cost,)
         self.clock = StepClock(self.progress["seconds"])
         self.diagnosis = Diagnosis(config, self.model, self.held_out, self.stepper.precision, checkpoint)
 
