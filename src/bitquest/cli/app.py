@@ -19,7 +19,7 @@ ABOUT = (
 )
 
 # One module per command with a function `command`; a group of commands (data, bench) has `app` instead.
-COMMANDS = ("demo", "data", "train", "eval", "compare", "diagnose", "scaling", "export", "verify", "generate", "bench", "doctor")
+COMMANDS = ("demo", "data", "train", "eval", "compare", "diagnose", "scaling", "plan", "export", "verify", "generate", "bench", "doctor")
 
 
 class _Commands(TyperGroup):
