@@ -51,7 +51,7 @@ def write_charts(charts: Sequence[Chart], folder: Path) -> list[Path]:
 @contextmanager
 def panels(rows: int, columns: int, *, height: float = 2.0, top: float = 0.5, right: float = 0.2) -> Iterator[Any]:
     """(figure, axes[row][column]) in the reports' style; inches: `height` of a panel, `top` above, `right` beside."""
-    left, below, gap_x, gap_y = 0.62, 0.55, 0.75, 0.78
+    left, below, gap_x, gap_y = _LEFT, 0.55, 0.75, 0.78
     whole = top + rows * height + (rows - 1) * gap_y + below
     width = (figures._WIDTH - left - right - (columns - 1) * gap_x) / columns
     with figures.drawing(whole) as figure:
@@ -69,37 +69,49 @@ def panels(rows: int, columns: int, *, height: float = 2.0, top: float = 0.5, ri
         yield figure, grid
 
 
+_LEFT, _LINE, _GAP = 0.62, 0.3, 0.28  # inches: beside the panels, of a legend's line, between its entries
+
+
 def legend(figure: Any, entries: Mapping[str, tuple[str, str]]) -> None:
     """Names with their (colour, marker) in a strip above all panels, in as many lines as they need."""
     from matplotlib.lines import Line2D
 
-    inches = figure.get_size_inches()
-    x, y = 0.62, inches[1] - 0.16
-    for name, (colour, marker) in entries.items():
-        text = figures._short(name)
-        width = 0.32 + figures._text_width([text]) * 0.82
-        if x + width > inches[0] and x > 0.62:
-            x, y = 0.62, y - 0.22
-        line = Line2D(
-            [(x - 0.02) / inches[0], (x + 0.16) / inches[0]], [y / inches[1]] * 2, color=colour, lw=1.6, marker=marker,
-            ms=4.6, mec=figures._PAPER, mew=0.6, markevery=[1], transform=figure.transFigure,
+    width, height = figure.get_size_inches()
+    for name, (x, row) in _legend_places(list(entries)).items():
+        colour, marker = entries[name]
+        y = (height - 0.16 - 0.22 * row) / height
+        figure.add_artist(
+            Line2D(
+                [x / width, (x + _LINE / 2) / width, (x + _LINE) / width], [y] * 3, color=colour, lw=1.6, marker=marker,
+                ms=4.6, mec=figures._PAPER, mew=0.6, markevery=[1], transform=figure.transFigure,
+            )
         )  # fmt: skip
-        figure.add_artist(line)
         figure.text(
-            (x + 0.25) / inches[0], y / inches[1], text, color=colour, fontweight="bold", va="center", fontsize=9.5
+            (x + _LINE + 0.08) / width,
+            y,
+            figures._short(name),
+            color=colour,
+            fontweight="bold",
+            va="center",
+            fontsize=9.5,
         )
-        x += width
 
 
 def legend_inches(names: Sequence[str]) -> float:
     """The height that `legend` takes above the first panel, with room for a panel's title."""
-    x, lines = 0.62, 1
+    return 0.24 + 0.22 * (1 + max(row for _, row in _legend_places(names).values())) + 0.24
+
+
+def _legend_places(names: Sequence[str]) -> dict[str, tuple[float, int]]:
+    """Where each entry begins (inches from the left) and its line, from 0."""
+    x, row, places = _LEFT, 0, {}
     for name in names:
-        width = 0.32 + figures._text_width([figures._short(name)]) * 0.82
-        if x + width > figures._WIDTH and x > 0.62:
-            x, lines = 0.62, lines + 1
-        x += width
-    return 0.24 + 0.22 * lines + 0.24
+        width = _LINE + 0.08 + figures._text_width([figures._short(name)]) * 0.88
+        if x + width > figures._WIDTH and x > _LEFT:
+            x, row = _LEFT, row + 1
+        places[name] = (x, row)
+        x += width + _GAP
+    return places
 
 
 def finished(figure: Any, name: str, label: str, caption: str, columns: Sequence[str], rows: Any) -> Chart:

@@ -62,8 +62,8 @@ def alignment_chart(looks: Mapping[str, Sequence[Look]], styles: Mapping[str, tu
     right = figures._text_width([f"{figures._short(name)}  0.000" for name in looks]) + 0.25
     with panels(1, 2, height=2.9, top=0.42, right=right) as (figure, ((left, beside),)):
         for axes, part, title in (
-            (left, "output", "∂L/∂h, h a block's output"),
-            (beside, "weights", "∂L/∂W of a block"),
+            (left, "output", "cosine of ∂L/∂h, h a block's output"),
+            (beside, "weights", "cosine of ∂L/∂W of a block"),
         ):
             _title(axes, title)
             axes.set_xlim(-0.15, max(blocks - 1, 1) + 0.15)
@@ -80,7 +80,6 @@ def alignment_chart(looks: Mapping[str, Sequence[Look]], styles: Mapping[str, tu
                 ends.append((CurvePoint(*xy[-1]), f"{figures._short(name)}  {xy[-1][1]:.3f}", colour))
             if axes is beside:
                 figures._label_ends(axes, ends)
-        left.set_ylabel("cosine")
         rows = [
             (name, number + 1, parts["output"][number], parts["weights"][number])
             for name, parts in lines.items()
@@ -109,7 +108,8 @@ def series_chart(looks: Mapping[str, Sequence[Sequence[Look]]], styles: Mapping[
     if not shown:
         return None
     count = -(-len(shown) // 2)
-    with panels(count, 2, height=1.55, top=legend_inches(names), right=0.15) as (figure, grid):
+    last = max(look["step"] for seeds in looks.values() for series in seeds for look in series)
+    with panels(count, 2, height=1.35, top=legend_inches(names), right=0.15) as (figure, grid):
         legend(figure, {name: styles[name] for name in names})
         for number, (key, title, share) in enumerate(shown):
             axes = grid[number // 2][number % 2]
@@ -120,7 +120,7 @@ def series_chart(looks: Mapping[str, Sequence[Sequence[Look]]], styles: Mapping[
                     *zip(*line, strict=True), color=colour, lw=1.5, marker=marker, ms=3.6, mec=figures._PAPER, mew=0.5
                 )
             _numbers(axes, share, [value for line in lines[key].values() for _, value in line])
-            axes.margins(x=0.02)
+            axes.set_xlim(-0.02 * last, 1.02 * last)
             if number >= len(shown) - 2:
                 axes.set_xlabel("step")
         if len(shown) % 2:
