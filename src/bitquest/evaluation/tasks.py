@@ -162,7 +162,7 @@ def score_table(scores: Sequence[TaskScore]) -> Table:
     ]
     notes = ["± one standard error; acc_norm: log-likelihood by character; bits per byte: of the right choices"]
     notes += [
-        f"{score.task.path.name}: {score.cut} items were longer than the model's context and lost their beginning."
+        f"{score.task.path.name}: {score.cut} of the questions do not fit in the model's context and lost their beginning"
         for score in scores
         if score.cut
     ]
