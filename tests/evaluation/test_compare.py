@@ -139,7 +139,7 @@ def test_every_pair_is_trained_once_with_the_seeds_data_and_reported(tmp_path, c
 
     out = tmp_path / "out"
     assert sorted(path.name for path in out.iterdir()) == [
-        *(".lock", "compare.toml", "report.html", "results.csv", "results.json", "runs"),
+        *(".lock", "compare.toml", "figures", "report.html", "results.csv", "results.json", "runs"),
     ]
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(result.to_json()))
     rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
@@ -151,7 +151,7 @@ def test_every_pair_is_trained_once_with_the_seeds_data_and_reported(tmp_path, c
     )
     assert float(rows[1]["val_loss"]) == result.runs[1].val_loss
     page = (out / "report.html").read_text()
-    for part in ("unquantized", "W1A1", "none &lt;= w1a1", f"bitquest compare {out / 'compare.toml'}", "<svg"):
+    for part in ("unquantized", "W1A1", "unquantized &lt;= W1A1", f"bitquest compare {out / 'compare.toml'}", "<svg"):
         assert part in page
 
     # the comparison's own file describes it; nothing is trained again, and the results are the same

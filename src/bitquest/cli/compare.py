@@ -3,11 +3,14 @@
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bitquest.cli.console import err, print_json_object, print_table
+
+if TYPE_CHECKING:
+    from bitquest.evaluation.compare_plan import Comparison
 
 
 def command(
@@ -36,25 +39,32 @@ def command(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. train.steps=100.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be trained and how long it takes; train nothing.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON object on stdout.")] = False,
 ) -> None:
     """Compare arms: same model, data, order, budget and rates, several seeds. Stopped, the same command goes on."""
     from bitquest.evaluation.compare import REPORT, RESULTS, TABLE, compare
     from bitquest.evaluation.compare_display import ConsoleDisplay
     from bitquest.evaluation.compare_file import load_comparison
-    from bitquest.evaluation.compare_tables import results_table, verdicts_table
+    from bitquest.evaluation.compare_map import map_table
+    from bitquest.evaluation.compare_tables import results_table, verdicts_table, words_of
     from bitquest.training.interrupt import stop_on_signals
 
     options = {"schemes": schemes, "seeds": seeds, "rates": rates}
     plan = load_comparison(config, set_ or [], **options, jobs=jobs, expect=expect or [])
     folder = out if out is not None else Path("runs") / _name(config)
+    if dry_run:
+        _foretell(plan, folder, json)
+        return
     again = _command_line(config, folder, options | {"jobs": jobs}, expect or [], set_ or [])
     with stop_on_signals() as stop:
         result = compare(plan, folder, display=ConsoleDisplay(err), should_stop=stop, commands=[again])
     if json:
         print_json_object("compare", {"out": str(folder), **result.to_json()})
     if result.runs:
-        print_table(results_table(result, narrow=True))
+        print_table(map_table(result) if plan.is_map else results_table(result, narrow=True))
     if result.failures and stop.signal is None:
         _say(f"{len(result.runs)} of {plan.total_runs()} runs are finished; these failed:")
         for run, why in result.failures.items():
@@ -68,9 +78,20 @@ def command(
         print_table(verdicts_table(result))
     _say(f"Written: {folder / REPORT}, {folder / RESULTS}, {folder / TABLE}")
     if not result.passed:
-        failed = [str(verdict.expectation) for verdict in result.verdicts if not verdict.passed]
+        failed = [words_of(plan, verdict.expectation) for verdict in result.verdicts if not verdict.passed]
         _say(f"Not as expected: {'; '.join(failed)}")
         raise typer.Exit(1)
+
+
+def _foretell(plan: "Comparison", folder: Path, json: bool) -> None:
+    from bitquest.evaluation.compare import check_fits
+    from bitquest.evaluation.compare_dry import forecast, forecast_table
+
+    check_fits(plan)
+    found = forecast(plan, folder)
+    if json:
+        print_json_object("compare", {"out": str(folder), "dry_run": True, **found.to_json()})
+    print_table(forecast_table(found))
 
 
 def _name(config: Path) -> str:

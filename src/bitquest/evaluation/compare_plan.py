@@ -44,7 +44,7 @@ class Arm:
     @property
     def stem(self) -> str:
         """The beginning of its run folders' names; one without a short name goes by a digest."""
-        name = re.sub(r"[^a-z0-9.-]", "_", self.key if self.is_plain else self.key.lower())
+        name = re.sub(r"[^a-z0-9.-]", "_", self.key) if self.is_plain else _words(self.key)
         if self.key.startswith("{") or len(name) > 80:
             return "scheme-" + hashlib.sha256(self.key.encode()).hexdigest()[:12]
         return name
@@ -184,6 +184,11 @@ class Comparison:
 def data_digest(config: TrainConfig) -> str:
     """SHA-256 of the data's manifest, which holds those of its files."""
     return hashlib.sha256((Path(config.data.path) / "manifest.json").read_bytes()).hexdigest()
+
+
+def _words(name: str) -> str:
+    """An arm's name as a part of a folder's: small letters, digits, points and dashes, anything between as _."""
+    return re.sub(r"[^a-z0-9.-]+", "_", name.lower())
 
 
 def _refuse_repeated(what: str, values: Sequence[object], why: str = "") -> None:

@@ -1,7 +1,9 @@
 """The tables of a comparison, for the terminal and the report."""
 
 from bitquest.evaluation.compare_claims import NOT_SEPARABLE, Claim
+from bitquest.evaluation.compare_plan import Comparison
 from bitquest.evaluation.compare_results import ComparisonResult, Spread
+from bitquest.evaluation.ordering import Expectation
 from bitquest.evaluation.report_page import Table
 
 
@@ -25,17 +27,17 @@ def results_table(result: ComparisonResult, *, narrow: bool = False) -> Table:
         columns["least"] = [_number(arm.val_loss.min if arm.val_loss else None) for arm in arms]
         columns["greatest"] = [_number(arm.val_loss.max if arm.val_loss else None) for arm in arms]
     if any(arm.difference is not None and arm.scheme != "none" for arm in arms):
-        columns["difference"] = [_number(arm.difference, "+.4f") for arm in arms]
+        columns["difference"] = [_difference(arm.difference, arm.interval) for arm in arms]
         notes.append("differences to the unquantized model with the same seeds")
         if any(arm.interval for arm in arms):
-            columns["95 % interval"] = [_interval(arm.interval) for arm in arms]
-            notes.append("intervals of Student's t over seeds")
+            notes[-1] += ", ± half the 95 % interval"
     columns["bits per byte"] = [_number(arm.bits_per_byte.mean if arm.bits_per_byte else None) for arm in arms]
     if any(arm.packed_bytes for arm in arms):
         columns["MB packed"] = [
             _number(arm.packed_bytes["total_bytes"] / 1e6 if arm.packed_bytes else None, ".2f") for arm in arms
         ]
-    columns["seconds"] = [_number(arm.seconds.mean if arm.seconds else None, ",.1f") for arm in arms]
+    if not (narrow and result.plan.rates):
+        columns["seconds"] = [_number(arm.seconds.mean if arm.seconds else None, ",.1f") for arm in arms]
     note = "; ".join(notes)
     return Table(tuple(columns), tuple(zip(*columns.values(), strict=True)), note=note[0].upper() + note[1:] + ".")
 
@@ -44,20 +46,25 @@ def verdicts_table(result: ComparisonResult) -> Table:
     """A row per expectation."""
     rows = [
         (
-            str(v.expectation),
+            words_of(result.plan, v.expectation),
             "passed" if v.passed else "failed",
-            _number(v.difference, "+.4f"),
-            v.claim.interval if v.claim is not None else "–",
+            _difference(v.difference, v.claim.bounds if v.claim is not None else None),
             v.reason,
         )
         for v in result.verdicts
     ]
     note = (
         "Inversions below two standard deviations, pooled over the seeds of the pair, pass a <=. A < asks for more "
-        "than two and for an interval without zero."
+        "than two and for an interval without zero. ± is half the 95 % interval."
     )
-    columns = ("expectation", "verdict", "difference", "95 % interval", "why")
+    columns = ("expectation", "verdict", "difference", "why")
     return Table(columns, rows, title="Expectations", note=note)
+
+
+def words_of(plan: Comparison, expectation: Expectation) -> str:
+    """An expectation with the names that reports call its arms."""
+    second = None if expectation.second is None else plan.name(expectation.second)
+    return str(Expectation(plan.name(expectation.first), expectation.relation, second))
 
 
 def claims_table(result: ComparisonResult) -> Table:
@@ -88,10 +95,13 @@ def _turned(claim: Claim) -> Claim:
     return Claim(claim.second, claim.first, difference, low, high, claim.seeds, claim.is_paired)
 
 
-def _interval(interval: tuple[float, float] | None) -> str:
-    if interval is None or interval == (0.0, 0.0):
+def _difference(difference: float | None, interval: tuple[float, float] | None) -> str:
+    """A difference ± half its interval, and in words if that holds zero."""
+    if difference is None:
         return "–"
-    words = f"{interval[0]:+.4f} to {interval[1]:+.4f}"
+    if interval is None or (difference == 0 and interval == (0.0, 0.0)):  # the reference itself
+        return f"{difference:+.4f}"
+    words = f"{difference:+.4f} ± {(interval[1] - interval[0]) / 2:.4f}"
     return words if interval[0] > 0 or interval[1] < 0 else f"{words}, {NOT_SEPARABLE}"
 
 
