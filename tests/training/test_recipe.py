@@ -135,6 +135,12 @@ def test_layers_compute_what_the_width_of_the_step_computes(step, scheme):
     assert layer.weight_quantizer.spec == other.get_submodule(O_PROJ).weight_quantizer.spec
 
 
+def test_widths_are_never_less_than_the_schemes():
+    model = model_of("w2a2")
+    recipe_of(model, "w2a2", activation_bits=[[0, 4], [0.5, 1]]).before_step(10)
+    assert model.get_submodule(O_PROJ).activation_quantizer.spec == Scheme.parse("w2a2").activation
+
+
 def test_clip_ratios_change_gradients_and_not_values():
     model = model_of("w1a1")
     before = model(tokens())

@@ -46,15 +46,22 @@ def test_keys_beat_the_name_and_the_name_beats_the_defaults(monkeypatch):
         ({"recipe": {"activation_bits": [[0, 8], [0.5, 4], [0.5, 1]]}}, r"shares of the run that begin at 0 and rise"),
         ({"recipe": {"activation_bits": [[0, 9], [0.5, 1]]}}, r"widths of 1 to 8 bits, or 16 for none, not 9"),
         ({"recipe": {"activation_bits": [[0, 8], [0.5, 2]]}}, r"ends at 2 bits, but scheme = 'w1a1' has 1"),
-        ({"recipe": {"activation_bits": [[0, 8]]}, "scheme": "w4a16"}, r"is of quantized activations.*has none"),
+        ({"recipe": {"weight_clip": [[0, 1]]}, "scheme": "w1a1-norot-lsq"}, r"does not go with the learned step"),
         ({"recipe": {"weight_bits": [[0, 8], [1, 4]]}, "scheme": "w4a4-fp4"}, r"is of uniform grids"),
         ({"recipe": {"activation_clip": [[0, 0]]}}, r"recipe\.activation_clip must be above 0"),
         ({"recipe": {"weight_clip": [[0, 1]]}, "train": {"compile": True}}, r"train\.compile = true does not go with"),
         ({"recipe": {"row_gain": True}, "train": {"compile": True}}, r"train\.compile = true does not go with"),
         ({"recipe": {"freeze": 0.1}, "scheme": "w4a4-2:4"}, r"recipe\.freeze is of dense weights"),
-        ({"recipe": {"freeze": 0.1}, "scheme": "w16a4"}, r"recipe\.freeze is of dense weights"),
+        ({"recipe": {"freeze": 0.1, "weight_bits": [[0, 8], [0.5, 1]]}}, r"recipe\.freeze does not go with"),
     ],
 )
 def test_what_is_wrong_is_refused_by_key(tables, message):
     with pytest.raises(ConfigError, match=message):
         TrainConfig.from_dict(tables)
+
+
+@pytest.mark.parametrize("scheme", ["none", "w4a16", "w16a4", "w2a2"])
+def test_one_recipe_serves_all_schemes(scheme):
+    points = [[0, 8], [0.5, 1]]
+    TrainConfig.from_dict({"scheme": scheme, "recipe": {"activation_bits": points, "cage": 10.0, "freeze": 0.1}})
+    TrainConfig.from_dict({"scheme": scheme, "recipe": {"weight_bits": points, "weight_clip": [[0, 2]]}})

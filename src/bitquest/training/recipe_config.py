@@ -38,7 +38,7 @@ class RecipeSection:
     matrix_lr: the learning rate of these matrices over optimizer.lr. momentum: Muon's. every_eigenbasis: SOAP's period.
     decay_until: share after which no weight decays.
     cage: λ of the pull towards the quantized weights, and cage_from, the share from which it rises to λ.
-    weight_bits, activation_bits: widths by share of the run, as steps; the last is the scheme's.
+    weight_bits, activation_bits: widths by share of the run, as steps, never less than the scheme's.
     weight_clip, activation_clip: ratios r of the gradient's mask |x| <= r·s by share of the run, joined by lines.
     average_from: share after which the weights are averaged; average_decay: 0 for their mean, else of an exponential
     average. freeze: rate of flips above which a weight's code is fixed (0: off), followed with freeze_momentum from the
@@ -96,34 +96,39 @@ class RecipeSection:
         return bool(self.weight_bits or self.activation_bits or self.weight_clip or self.activation_clip)
 
     def check(self, scheme: Scheme, compiled: bool) -> None:
-        """Raise SettingError for parts that do not go with the scheme or with train.compile."""
-        operands = {"weight": scheme.weight, "activation": scheme.activation}
-        for operand, spec in operands.items():
-            for what in ("bits", "clip"):
-                key = f"{operand}_{what}"
-                if getattr(self, key):
-                    _check_schedule(f"recipe.{key}", operand, spec, scheme)
-            points = getattr(self, f"{operand}_bits")
-            if points and spec is not None and points[-1][1] != spec.bits:
+        """Raise SettingError for parts that do not go with the scheme or with train.compile.
+
+        Parts that act on quantized operands are ignored where there are none, so that one recipe serves all schemes.
+        """
+        for operand, spec in (("weight", scheme.weight), ("activation", scheme.activation)):
+            if spec is not None:
+                for what in ("bits", "clip"):
+                    key = f"{operand}_{what}"
+                    if points := getattr(self, key):
+                        _check_schedule(f"recipe.{key}", points, spec, scheme)
+        if self.freeze and scheme.weight is not None:
+            if scheme.weight.is_learned or scheme.weight.is_sparse:
                 raise SettingError(
-                    f"recipe.{operand}_bits",
-                    f"ends at {points[-1][1]:g} bits, but scheme = {str(scheme)!r} has {spec.bits}: "
-                    "the model that is exported has the scheme's width",
+                    "recipe.freeze", f"is of dense weights with a computed step, not those of scheme = {str(scheme)!r}"
                 )
-        if self.freeze and (scheme.weight is None or scheme.weight.is_learned or scheme.weight.is_sparse):
-            raise SettingError(
-                "recipe.freeze", f"is of dense weights with a computed step, not those of scheme = {str(scheme)!r}"
-            )
+            if self.weight_bits:
+                raise SettingError("recipe.freeze", "does not go with recipe.weight_bits: codes change with the width")
         if compiled and (self.changes_quantizers or self.row_gain or self.teacher):
             raise SettingError(
                 "train.compile", "= true does not go with a recipe that changes the layers or the loss: set it to false"
             )
 
 
-def _check_schedule(key: str, operand: str, spec: Quantizer | None, scheme: Scheme) -> None:
-    if spec is None:
-        raise SettingError(key, f"is of quantized {operand}s, and scheme = {str(scheme)!r} has none: remove it")
+def _check_schedule(key: str, points: Points, spec: Quantizer, scheme: Scheme) -> None:
     if spec.is_learned:
-        raise SettingError(key, f"does not go with a learned {operand} step (scheme = {str(scheme)!r}): remove it")
-    if key.endswith("_bits") and not isinstance(spec.grid, UniformGrid):
+        raise SettingError(key, f"does not go with the learned step of scheme = {str(scheme)!r}: remove it")
+    if key.endswith("_clip"):
+        return
+    if not isinstance(spec.grid, UniformGrid):
         raise SettingError(key, f"is of uniform grids, and scheme = {str(scheme)!r} has another: remove it")
+    if points[-1][1] > spec.bits:
+        raise SettingError(
+            key,
+            f"ends at {points[-1][1]:g} bits, but scheme = {str(scheme)!r} has {spec.bits}: "
+            "the model that is exported has the scheme's width",
+        )

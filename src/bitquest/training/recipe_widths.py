@@ -36,13 +36,13 @@ def ratio_at(points: Points, share: float) -> float | None:
 
 
 def changed(spec: Quantizer, bits: int | None, ratio: float | None, rotation: Rotation) -> Quantizer | None:
-    """A quantizer with another width (16: none) and clip ratio; None leaves that as it is.
+    """A quantizer with a greater width (16: none) and another clip ratio; None leaves that as it is.
 
     An estimator that is the usual one of its width becomes the usual one of the other width.
     """
     if bits == 16:
         return None
-    if bits is not None and bits != spec.bits:
+    if bits is not None and bits > spec.bits:
         grid = UniformGrid(bits)
         usual = spec.estimator == default_estimator(spec.grid, rotation)
         estimator = default_estimator(grid, rotation) if usual else spec.estimator
