@@ -127,26 +127,26 @@ def _requantized(run: LoadedRun, scheme: str, backend: str) -> Llama:
 
 
 def blocks_table(made: Diagnosed) -> Table:
-    """A row per block, the top one first, and means over the elements of its layers."""
+    """A row per block, the top one first: cosines, and means over its layers' weights W and inputs x."""
     look = made.look
     columns: dict[str, Callable[[int], float | None]] = {
-        "alignment, output": lambda block: look["blocks"][block]["output"],
-        "alignment, weights": lambda block: look["blocks"][block]["weights"],
+        "cosine ∂L/∂h": lambda block: look["blocks"][block]["output"],
+        "cosine ∂L/∂W": lambda block: look["blocks"][block]["weights"],
     }
-    forms = {"alignment": ".4f", "masked": ".3%", "error": ".3f", "kurtosis": ".2f"}
-    for title, figure in (("masked", "masked"), ("error / optimum", "excess"), ("kurtosis", "kurtosis")):
-        for part in ("weights", "inputs"):
-            columns[f"{title}, {part}"] = partial(_of_block, look[part], figure)
+    forms = {"cosine": ".4f", "masked": ".3%", "error": ".3f", "kurtosis": ".2f"}
+    for title, figure in (("masked", "masked"), ("error", "excess"), ("kurtosis", "kurtosis")):
+        for part, sign in (("weights", "W"), ("inputs", "x")):
+            columns[f"{title} {sign}"] = partial(_of_block, look[part], figure)
     order = range(len(look["blocks"]) - 1, -1, -1)
     cells = {
-        title: [_cell(value(block), forms[title.split()[0].rstrip(",")]) for block in order]
-        for title, value in columns.items()
+        title: [_cell(value(block), forms[title.split()[0]]) for block in order] for title, value in columns.items()
     }
     kept = {title: column for title, column in cells.items() if any(cell != "–" for cell in column)}
     rows = tuple(zip([str(block + 1) for block in order], *kept.values(), strict=True))
     note = (
-        f"{made.sequences} × {made.context} held-out tokens: loss {look['loss']:.4f} nats per token, "
-        f"{look['unquantized_loss']:.4f} with the same weights unquantized."
+        f"{made.scheme}, step {made.step}, {made.sequences} × {made.context} held-out tokens. Cosines are with the "
+        "gradient of the same weights unquantized: h a block's output, W its weights. Errors are over the Gaussian "
+        f"optimum. Loss {look['loss']:.4f} nats per token, {look['unquantized_loss']:.4f} unquantized."
     )
     return Table(("block", *kept), rows, note=note)
 
