@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bitquest.errors import ConfigError
-from bitquest.evaluation.compare_plan import PLAN, Arm, Comparison, data_digest
+from bitquest.evaluation.compare_plan import PLAN, Arm, Comparison, data_digest, short_paths
 from bitquest.evaluation.ordering import is_about
 from bitquest.nn import Scheme
 from bitquest.training.config import TrainConfig, differing_keys, load_config
@@ -134,9 +134,8 @@ def _crosses(settings: Mapping[str, Any]) -> bool:
 
 
 def _crossed(plain: Sequence[Arm], sizes: Sequence[str], corpora: Sequence[str], base: TrainConfig) -> list[Arm]:
-    labels = {corpus: Path(corpus).name for corpus in corpora}
-    if len(set(labels.values())) < len(labels):
-        labels = {corpus: corpus for corpus in corpora}
+    corpora = [str(Path(corpus).expanduser().absolute()) for corpus in corpora]
+    labels = short_paths(corpora)
     arms = []
     for corpus in corpora or [""]:
         for size in sizes or [""]:

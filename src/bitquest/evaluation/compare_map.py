@@ -8,7 +8,7 @@ from typing import Any
 
 from bitquest.evaluation import figures
 from bitquest.evaluation.charts import Chart, finished
-from bitquest.evaluation.compare_plan import Arm
+from bitquest.evaluation.compare_plan import Arm, short_paths
 from bitquest.evaluation.compare_results import ComparisonResult
 from bitquest.evaluation.report_page import Table
 
@@ -44,14 +44,22 @@ def size_of(arm: Arm) -> str:
     return model.preset
 
 
-def corpus_of(arm: Arm) -> str:
-    """What the map calls an arm's data."""
-    return Path(arm.config.data.path).name
+@dataclass(frozen=True)
+class _Place:
+    """Where an arm stands on the map: its panel's size and corpus, and its row: the name without these two."""
+
+    size: str
+    corpus: str
+    row: str
 
 
-def row_of(arm: Arm) -> str:
-    """An arm's name without the size and corpus that its panel says already."""
-    return arm.name.removesuffix(f" {corpus_of(arm)}").removesuffix(f" {size_of(arm)}")
+def _places(arms: Sequence[Arm]) -> dict[str, _Place]:
+    corpora = short_paths(arm.config.data.path for arm in arms)
+    places = {}
+    for arm in arms:
+        size, corpus = size_of(arm), corpora[arm.config.data.path]
+        places[arm.key] = _Place(size, corpus, arm.name.removesuffix(f" {corpus}").removesuffix(f" {size}"))
+    return places
 
 
 def cells_of(result: ComparisonResult) -> dict[tuple[str, float], Cell]:
@@ -83,16 +91,17 @@ def map_chart(result: ComparisonResult) -> Chart:
     """A heat map per size and corpus: the darker a cell, the higher its loss, and black where training diverged."""
     plan, cells = result.plan, cells_of(result)
     rates = sorted(plan.rates)
-    sizes = list(dict.fromkeys(map(size_of, plan.arms)))
-    corpora = list(dict.fromkeys(map(corpus_of, plan.arms)))
-    rows = list(dict.fromkeys(map(row_of, plan.arms)))
+    places = _places(plan.arms)
+    sizes = list(dict.fromkeys(place.size for place in places.values()))
+    corpora = list(dict.fromkeys(place.corpus for place in places.values()))
+    rows = list(dict.fromkeys(place.row for place in places.values()))
     left = figures._text_width([figures._short(row) for row in rows]) + 0.2
     height = _ROW * len(rows)
     whole = len(corpora) * (height + _HEAD) + (len(corpora) - 1) * _GAP + 0.55
     width = (figures._WIDTH - left - 0.1 - _GAP * (len(sizes) - 1)) / len(sizes)
     with figures.drawing(whole) as figure:
         for down, corpus in enumerate(corpora):
-            arms = [arm for arm in plan.arms if corpus_of(arm) == corpus]
+            arms = [arm for arm in plan.arms if places[arm.key].corpus == corpus]
             found = [cells[arm.key, rate].loss for arm in arms for rate in rates]
             losses = [loss for loss in found if loss is not None]
             limits = (min(losses), max(losses)) if losses else (0.0, 1.0)
@@ -101,7 +110,7 @@ def map_chart(result: ComparisonResult) -> Chart:
                 x = left + across * (width + _GAP)
                 axes = figure.add_axes((x / figures._WIDTH, bottom / whole, width / figures._WIDTH, height / whole))
                 title = " · ".join(part for part, many in ((size, sizes), (corpus, corpora)) if len(many) > 1)
-                panel = {row_of(arm): arm for arm in arms if size_of(arm) == size}
+                panel = {places[arm.key].row: arm for arm in arms if places[arm.key].size == size}
                 _draw(axes, [[_cell(cells, panel.get(row), rate) for rate in rates] for row in rows], limits)
                 axes.set_title(title, fontsize=10.5, color=figures._INK, loc="left", pad=7)
                 axes.set_yticks(range(len(rows)), [figures._short(row) for row in rows] if across == 0 else [])
@@ -118,10 +127,10 @@ def map_chart(result: ComparisonResult) -> Chart:
             caption += f" Means of {len(plan.seeds)} seeds; 1× after a number: one of them diverged."
         columns = ("arm", "scheme", "size", "corpus", "rate", "loss", "runs", "diverged", "unstable")
         table = [
-            (row_of(arm), arm.scheme, size_of(arm), corpus_of(arm), rate, c.loss, c.runs, c.diverged, c.unstable)
+            (at.row, arm.scheme, at.size, at.corpus, rate, c.loss, c.runs, c.diverged, c.unstable)
             for arm in plan.arms
             for rate in rates
-            for c in (cells[arm.key, rate],)
+            for at, c in ((places[arm.key], cells[arm.key, rate]),)
         ]
         return finished(figure, "map", "Where training is stable", caption, columns, table)
 

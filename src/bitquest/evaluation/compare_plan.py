@@ -9,7 +9,7 @@ every rate with every seed, and nothing is chosen.
 import dataclasses
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -184,6 +184,18 @@ class Comparison:
 def data_digest(config: TrainConfig) -> str:
     """SHA-256 of the data's manifest, which holds those of its files."""
     return hashlib.sha256((Path(config.data.path) / "manifest.json").read_bytes()).hexdigest()
+
+
+def short_paths(paths: Iterable[str]) -> dict[str, str]:
+    """By path, as many of its last parts as tell it from the others: data/text and old/text, but text and more."""
+    parts = {path: Path(path).parts for path in paths}
+    short = {}
+    for path, own in parts.items():
+        length = 1
+        while length < len(own) and any(o[-length:] == own[-length:] for p, o in parts.items() if p != path):
+            length += 1
+        short[path] = str(Path(*own[-length:])) if own else path
+    return short
 
 
 def _words(name: str) -> str:
