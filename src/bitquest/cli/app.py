@@ -19,7 +19,21 @@ ABOUT = (
 )
 
 # One module per command with a function `command`; a group of commands (data, bench) has `app` instead.
-COMMANDS = ("demo", "data", "train", "eval", "compare", "diagnose", "scaling", "plan", "export", "verify", "generate", "bench", "doctor")
+COMMANDS = (
+    "demo",
+    "data",
+    "train",
+    "eval",
+    "compare",
+    "diagnose",
+    "scaling",
+    "plan",
+    "export",
+    "verify",
+    "generate",
+    "bench",
+    "doctor",
+)
 
 
 class _Commands(TyperGroup):

@@ -46,10 +46,7 @@ def fit(
     found = read_runs(runs)
     chosen = found.runs
     if formats is not None:
-        wanted = [name.strip() for name in formats.split(",") if name.strip()]
-        unknown = [name for name in wanted if name not in found.formats]
-        if unknown or not wanted:
-            raise ConfigError(f"--formats {formats}: the runs have {', '.join(found.formats)}")
+        wanted = _named(formats, found.formats)
         chosen = tuple(run for run in chosen if run.format in (*wanted, reference))
     for note in found.notes:
         _say(note)
@@ -76,6 +73,58 @@ def fit(
         _say(remark)
     if out is not None:
         _say(f"Written: {out}")
+
+
+@app.command("plot")
+def plot(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Runs to mark, as for fit; without --law, they are fitted first.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the page, the PNG and the CSV files.")] = Path("scaling"),
+    law: Annotated[Path | None, typer.Option(help=_LAW)] = None,
+    formats: Annotated[
+        str | None, typer.Option(help="Which to draw, comma-separated.", show_default="rotated ones with most runs")
+    ] = None,
+    tokens_per_parameter: Annotated[float, typer.Option(min=0.01, help="Training tokens of the lines.")] = 100.0,
+    vocabulary: Annotated[int, typer.Option(min=2, max=10_000_000, help="Words of token table and head.")] = 32_000,
+    json: Annotated[bool, typer.Option("--json", help="Print what was written as one JSON object.")] = False,
+) -> None:
+    """Draw loss against size, size at a loss, efficiency per bit, loss at equal memory: HTML, PNG, CSV."""
+    import shlex
+    import sys
+
+    from bitquest.evaluation.figures import SERIES, require_matplotlib
+    from bitquest.evaluation.scaling_charts import Drawn
+    from bitquest.evaluation.scaling_fit import fit_law
+    from bitquest.evaluation.scaling_fitted import load_law
+    from bitquest.evaluation.scaling_report import formats_to_draw, write_scaling_report
+    from bitquest.evaluation.scaling_runs import read_runs
+
+    require_matplotlib()
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: there is a file of this name; choose another folder with --out")
+    found = read_runs(runs or [])
+    if law is None and found.runs:
+        fitted = fit_law(found.runs, about=", ".join(path.name or str(path) for path in runs or []))
+    else:
+        fitted = load_law(law)
+    chosen = formats_to_draw(fitted) if formats is None else _named(formats, tuple(fitted.efficiencies))
+    if len(chosen) > SERIES + 1:
+        raise ConfigError(f"--formats {formats}: at most {SERIES + 1} can be told apart in a chart")
+    drawn = Drawn(fitted, chosen, tokens_per_parameter, vocabulary)
+    again = shlex.join(["bitquest", *sys.argv[1:]])
+    with err.status("drawing"):
+        written = write_scaling_report(out, drawn, found.runs, commands=[again])
+    if json:
+        print_json_object("scaling plot", {"written": [str(path) for path in written], "formats": chosen})
+    _say(f"Written: {written[0]}, and {len(written) - 1} PNG and CSV files beside it")
+
+
+def _named(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names or not set(names) <= set(known):
+        raise ConfigError(f"--formats {text}: there are {', '.join(known)}")
+    return names
 
 
 def _held(words: list[str]) -> dict[str, float]:

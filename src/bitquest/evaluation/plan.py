@@ -96,7 +96,10 @@ class Request:
         if self.tokens is not None:
             return f"{short_count(self.tokens)} tokens"
         if self.tokens_per_parameter is None and self.flops is not None:
-            return "as many tokens as the budget pays for"
+            least, most = self.law.range.tokens_per_parameter
+            return (
+                f"as many tokens as the budget pays for, {least:.3g} to {most:.3g} per parameter as in the law's runs"
+            )
         return f"{self.tokens_per_parameter or TOKENS_PER_PARAMETER:g} tokens per parameter"
 
 
@@ -209,7 +212,7 @@ class _Candidates:
         if request.tokens is not None:
             tokens = np.full(n.shape, request.tokens)
         elif request.tokens_per_parameter is None and request.flops is not None:
-            tokens = request.flops / per_token
+            tokens = np.minimum(request.flops / per_token, request.law.range.tokens_per_parameter[1] * n)
         else:
             tokens = n * (request.tokens_per_parameter or TOKENS_PER_PARAMETER)
         law = request.law.law
@@ -222,6 +225,9 @@ class _Candidates:
             "training budget": (flops, None if request.flops is None else request.flops * (1 + 1e-9)),
             "loss": (loss, request.loss),
         }
+        if request.tokens is None and request.tokens_per_parameter is None and request.flops is not None:
+            # a law may well promise most for huge models of few tokens, where no run has been
+            asked["tokens per parameter"] = (n / tokens, 1 / request.law.range.tokens_per_parameter[0])
         limits = {name: (values, most) for name, (values, most) in asked.items() if most is not None}
         return _Candidates(request, format_name, shapes, tokens, loss, flops, seconds, stored, limits)
 
@@ -251,7 +257,7 @@ class _Candidates:
         for name, (values, _) in self.limits.items():
             if not self.within(name).any():
                 return _least(name, float(values.min()))
-        last = list(self.limits)[-1]
+        last = "loss" if "loss" in self.limits else next(iter(self.limits))
         others = [name for name in self.limits if name != last]
         rest = self.within(*others)
         if not rest.any():
@@ -262,9 +268,7 @@ class _Candidates:
         """Everything about one shape."""
         request, shapes = self.request, self.shapes
         efficiency, source = request.law.efficiency(self.format)
-        one = Shapes(
-            *(part[place : place + 1] for part in (shapes.width, shapes.hidden, shapes.layers)), shapes.vocabulary
-        )
+        one = shapes.only(place)
         weights = packed_bytes(one, self.format, _table_bits(request, self.format))
         state, kept = (int(part[0]) for part in training_bytes(one, request.tokens_at_once))
         config = shapes.config(place, request.context)
@@ -321,6 +325,7 @@ def _least(name: str, value: float) -> str:
         "memory": lambda v: f"the smallest model takes {size_text(v)}",
         "latency": lambda v: f"the fastest model takes {v * 1e3:.3g} ms a token",
         "training budget": lambda v: f"the cheapest training takes {v:.3g} floating-point operations",
+        "tokens per parameter": lambda v: f"the budget pays for {1 / v:.3g} tokens per parameter at most",
         "loss": lambda v: f"the lowest loss is {v:.3f} nats per token",
     }
     return words[name](value)
@@ -331,10 +336,17 @@ def _why_none(tried: list[_Candidates]) -> str:
     for name in tried[0].limits:
         if not any(candidates.within(name).any() for candidates in tried):
             least = min(float(candidates.limits[name][0].min()) for candidates in tried)
-            hint = f" ({request.rule_for_tokens}; the law's floor with them)" if name == "loss" else ""
-            return f"no format meets the {name} that is asked: {_least(name, least)}{hint}"
-    reasons = "; ".join(f"{candidates.format}: {candidates.refusal()}" for candidates in tried[:4])
-    return f"no format meets {', '.join(tried[0].limits)} together. {reasons}"
+            hint = {
+                "loss": f" (the law's floor with {request.rule_for_tokens})",
+                "memory": f" with {request.vocabulary:,} words and a cache of {request.context:,} positions "
+                "(--vocabulary, --context)",
+                "latency": f" on {request.run_on.name} (--run-on)",
+            }
+            if name == "tokens per parameter":
+                return f"the training budget is too small: {_least(name, least)}, fewer than any run of the law had"
+            return f"no format meets the {name} that is asked: {_least(name, least)}{hint.get(name, '')}"
+    reasons = "; ".join(f"{candidates.format}: {candidates.refusal()}" for candidates in tried)
+    return f"no format meets {' and '.join(tried[0].limits)} together. {reasons}"
 
 
 def size_text(size: float) -> str:

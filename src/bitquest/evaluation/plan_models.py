@@ -55,6 +55,12 @@ class Shapes:
         width, hidden_, layers_ = np.array(sorted(found), dtype=np.int64).T
         return Shapes(width, hidden_, layers_, vocabulary)
 
+    @staticmethod
+    def proportional(vocabulary: int) -> "Shapes":
+        """One shape for each width, as the presets grow: as many blocks as width / 128, hidden 8/3 of the width."""
+        width = np.asarray(_WIDTHS, dtype=np.int64)
+        return Shapes(width, 128 * (width // 48), np.maximum(_LEAST_BLOCKS, width // 128), vocabulary)
+
     @property
     def parameters(self) -> Ints:
         """N of every shape."""
@@ -65,6 +71,11 @@ class Shapes:
     def table_parameters(self) -> Ints:
         """Parameters of the token table; the head has as many."""
         return np.asarray(self.vocabulary * self.width)
+
+    def only(self, place: int) -> "Shapes":
+        """One of the shapes, as arrays of one."""
+        part = slice(place, place + 1)
+        return Shapes(self.width[part], self.hidden[part], self.layers[part], self.vocabulary)
 
     def config(self, place: int, positions: int) -> LlamaConfig:
         """One of the shapes as the trainer takes it."""
@@ -102,12 +113,13 @@ def packed_bytes(shapes: Shapes, format_name: str, table_bits: int) -> Weights:
     """
     scheme = _scheme(format_name)
     d, h = shapes.width, shapes.hidden
-    of_d, of_h = (_row_bytes(k, scheme.weight, scheme.rotation) for k in (d, h))
+    of_d = _row_bytes(d, scheme.weight, scheme.rotation)
+    of_h = _row_bytes(h, scheme.weight, scheme.rotation)
     blocks = shapes.layers * ((4 * d + 2 * h) * of_d + d * of_h + 8 * d) + 4 * d
     table = scheme.head or (None if table_bits == 16 else Quantizer(UniformGrid(table_bits)))
     row = _row_bytes(d, table, scheme.rotation)
-    whole = shapes.vocabulary * row
-    return Weights(blocks, whole, whole, row)
+    whole: Ints = shapes.vocabulary * row
+    return Weights(np.asarray(blocks, dtype=np.int64), whole, whole, row)
 
 
 def cache_bytes(shapes: Shapes, context: int, bits: int) -> Ints:
@@ -138,7 +150,7 @@ def _scheme(format_name: str) -> Scheme:
 def _row_bytes(widths: Ints, spec: Quantizer | None, rotation: Rotation) -> Ints:
     """Bytes of one row (an output channel) of each width: codes, scales, and the mask of kept elements."""
     if spec is None:
-        return 2 * widths
+        return np.asarray(2 * widths)
     known: dict[int, int] = {}
     for k in {int(width) for width in widths}:
         layer = LayerSpec("linear", 1, k, spec, None, rotation.resolve(k), False)

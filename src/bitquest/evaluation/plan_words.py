@@ -20,13 +20,13 @@ def plan_table(plan: Plan, *, wide: bool = True) -> Table:
         "packed": [size_text(one.packed_bytes) for one in choices],
         "with cache": [size_text(one.packed_bytes + one.cache_bytes) for one in choices],
         "ms a token": [_milliseconds(one) for one in choices],
-        f"{plan.request.train_on.name} hours": [_hours(one.device_hours) for one in choices],
-        "dollars": ["–" if one.dollars is None else _dollars(one.dollars) for one in choices],
+        f"{plan.request.train_on.name} hours": [_number(one.device_hours) for one in choices],
+        "dollars": ["–" if one.dollars is None else _number(one.dollars) for one in choices],
         "training memory": [size_text(one.training_state_bytes + one.training_activation_bytes) for one in choices],
         "in range": ["no" if one.beyond else "yes" for one in choices],
     }
     if not wide:
-        for name in ("tokens", "with cache", "training memory"):
+        for name in ("N", "tokens", "with cache", f"{plan.request.train_on.name} hours", "training memory"):
             del columns[name]
     note = "* A floor: bytes over bandwidth. " if not all(one.decode_measured for one in choices) else ""
     note += "In range: whether the law was fitted to such sizes and token counts."
@@ -40,8 +40,8 @@ def advice(plan: Plan) -> list[str]:
     found = [
         f"Train {best.format}: {best.layers} layers of width {best.width} (hidden {best.hidden}, {best.heads} heads), "
         f"N = {short_count(best.parameters)}, on {short_count(best.tokens)} tokens. Expected loss {best.loss:.3f}"
-        f"{interval} nats per token; {size_text(best.packed_bytes)} packed; {_hours(best.device_hours)} "
-        f"{request.train_on.name}-hours" + ("" if best.dollars is None else f", {_dollars(best.dollars)} dollars") + "."
+        f"{interval} nats per token; {size_text(best.packed_bytes)} packed; {_number(best.device_hours)} "
+        f"{request.train_on.name}-hours" + ("" if best.dollars is None else f", {_number(best.dollars)} dollars") + "."
     ]
     rivals = [one for one in plan.choices[1:] if _overlap(best, one)] if request.prefer == "loss" else []
     if rivals:
@@ -114,12 +114,11 @@ def _interval(one: Choice) -> str:
 
 
 def _milliseconds(one: Choice) -> str:
-    return f"{one.decode_seconds * 1e3:.3g}" + ("" if one.decode_measured else "*")
+    return _number(one.decode_seconds * 1e3) + ("" if one.decode_measured else "*")
 
 
-def _hours(hours: float) -> str:
-    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
-
-
-def _dollars(amount: float) -> str:
-    return f"{amount:,.0f}" if amount >= 10 else f"{amount:.2g}"
+def _number(value: float) -> str:
+    """Three digits: 0.0123, 4.56, 1,234; from a million on with a letter."""
+    if value >= 1e6:
+        return short_count(value)
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

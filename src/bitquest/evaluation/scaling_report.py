@@ -1,0 +1,54 @@
+"""The page of a scaling law: its charts and tables in one file, and each chart as PNG and CSV beside it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bitquest.evaluation import figures
+from bitquest.evaluation import report_page as html
+from bitquest.evaluation.charts import Chart, write_charts
+from bitquest.evaluation.report import environment
+from bitquest.evaluation.scaling_charts import Drawn, scaling_charts
+from bitquest.evaluation.scaling_fitted import FittedLaw
+from bitquest.evaluation.scaling_runs import ScalingRun
+from bitquest.evaluation.scaling_table import constants_table, formats_table, remarks
+from bitquest.files import write_text_atomic
+
+PAGE = "scaling.html"
+_TITLES = {
+    "loss-against-size": "Loss against size",
+    "size-at-loss": "Size at a loss",
+    "efficiency": "Efficiency per bit",
+    "equal-memory": "Loss at equal memory",
+}
+
+
+def formats_to_draw(law: FittedLaw) -> tuple[str, ...]:
+    """The reference and as many rotated formats as there are colours, those with the most runs."""
+    rest = [name for name in law.efficiencies if name != law.reference and "norot" not in name]
+    chosen = sorted(rest, key=lambda name: -law.runs[name])[: figures.SERIES]
+    return (law.reference, *(name for name in law.efficiencies if name in chosen))
+
+
+def write_scaling_report(
+    folder: Path, drawn: Drawn, runs: Sequence[ScalingRun] = (), *, commands: Sequence[str] = ()
+) -> list[Path]:
+    """Write the page and the charts' PNG and CSV files into a folder, which is made; the paths, the page first.
+
+    Raises MissingExtraError without matplotlib, OSError naming a path.
+    """
+    charts = scaling_charts(drawn, runs)
+    law = drawn.law
+    sections = [
+        *(html.section(_TITLES[chart.name], html.figure(chart.svg, chart.caption)) for chart in charts),
+        html.section("The law", html.table(constants_table(law)), html.table(formats_table(law))),
+        html.section("Do it again", html.commands(commands), html.facts("Environment", environment())),
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    page = folder / PAGE
+    write_text_atomic(page, html.page("Scaling law", _summary(law, charts), sections))
+    return [page, *write_charts(charts, folder)]
+
+
+def _summary(law: FittedLaw, charts: Sequence[Chart]) -> str:
+    source = law.about.get("source")
+    return (f"Fitted to {source}. " if source else "") + " ".join(remarks(law))
