@@ -85,6 +85,16 @@ uint32_t field_word(const uint8_t *v, int32_t bits) {
     return word;
 }
 
+// The low bits of the 32 two-bit codes in 8 bytes, side by side.
+uint32_t even_bits(uint64_t x) {
+    x &= 0x5555555555555555u;
+    x = (x | x >> 1) & 0x3333333333333333u;
+    x = (x | x >> 2) & 0x0f0f0f0f0f0f0f0fu;
+    x = (x | x >> 4) & 0x00ff00ff00ff00ffu;
+    x = (x | x >> 8) & 0x0000ffff0000ffffu;
+    return static_cast<uint32_t>(x | x >> 16);
+}
+
 class Filler {
   public:
     Filler(const bq_weight &weight, const ProductLayout &layout, uint8_t *payload)
@@ -114,17 +124,32 @@ class Filler {
     }
 
   private:
-    // The packed row already is the words.
-    bool row_is_words() const {
-        return w_.packed != nullptr && w_.kept == nullptr && w_.integer == nullptr && w_.bits == l_.bits &&
-               (l_.planes == 0 || l_.bits == 1) && (l_.groups == 1 || l_.size % 32 == 0);
+    // v is u, of a dense uniform grid without empty levels, and blocks of 32 follow each other without a gap.
+    bool in_order() const {
+        return w_.kept == nullptr && w_.sparse == 0 && w_.integer == nullptr && w_.bits == l_.bits &&
+               (l_.groups == 1 || l_.size % 32 == 0);
     }
 
     bool channel(uint32_t *words, int64_t n, int32_t *sums, uint8_t *memory) const {
         const int64_t bytes = (w_.width * w_.bits + 7) / 8;
         const uint8_t *row = w_.packed == nullptr ? nullptr : w_.packed + n * bytes;
-        if (row_is_words()) {
-            copy_row(words, row, bytes);
+        const bool ordered = in_order();
+        if (ordered && row != nullptr && l_.planes != 0 && l_.bits == 2 && sums == nullptr) {
+            split_row(words, row, bytes);
+            return true;
+        }
+        if (ordered && row == nullptr && l_.bits == 8) {
+            const auto *factors = reinterpret_cast<const uint8_t *>(w_.factors) + n * w_.width;
+            copy_row(words, factors, w_.width, 0x80808080u);
+            for (int64_t g = 0; g < l_.groups && sums != nullptr; ++g) {
+                int32_t sum = 0;
+                for (int64_t k = 0; k < l_.size; ++k) sum += factors[g * l_.size + k] ^ 0x80;
+                sums[g * l_.lanes] = sum;
+            }
+            return true;
+        }
+        if (ordered && row != nullptr && (l_.planes == 0 || l_.bits == 1)) {  // the packed row already is the words
+            copy_row(words, row, bytes, 0);
             for (int64_t g = 0; g < l_.groups && sums != nullptr; ++g) {
                 const int64_t count = l_.groups == 1 ? bytes : l_.size * l_.bits / 8;
                 int32_t sum = 0;
@@ -156,14 +181,30 @@ class Filler {
         return true;
     }
 
-    void copy_row(uint32_t *to, const uint8_t *row, int64_t bytes) const {
+    // A row's bytes as words, with the bits of `flip` the other way round; zero behind it.
+    void copy_row(uint32_t *to, const uint8_t *row, int64_t bytes, uint32_t flip) const {
         const int64_t whole = bytes / 4;
-        for (int64_t w = 0; w < whole; ++w) std::memcpy(to + w * l_.lanes, row + 4 * w, 4);
+        for (int64_t w = 0; w < whole; ++w) {
+            uint32_t word;
+            std::memcpy(&word, row + 4 * w, 4);
+            to[w * l_.lanes] = word ^ flip;
+        }
         for (int64_t w = whole; w < l_.groups * l_.blocks * l_.bits; ++w) to[w * l_.lanes] = 0;
         if (bytes % 4 != 0) {
             uint32_t word = 0;
             std::memcpy(&word, row + 4 * whole, static_cast<size_t>(bytes % 4));
-            to[whole * l_.lanes] = word;
+            to[whole * l_.lanes] = word ^ (flip & ((1u << (bytes % 4 * 8)) - 1));
+        }
+    }
+
+    // Two-bit codes to the two planes of each block.
+    void split_row(uint32_t *to, const uint8_t *row, int64_t bytes) const {
+        for (int64_t b = 0; b < l_.groups * l_.blocks; ++b) {
+            const int64_t left = bytes - 8 * b;
+            uint64_t codes = 0;
+            std::memcpy(&codes, row + 8 * b, static_cast<size_t>(left < 8 ? left : 8));
+            to[2 * b * l_.lanes] = even_bits(codes);
+            to[(2 * b + 1) * l_.lanes] = even_bits(codes >> 1);
         }
     }
 

@@ -258,6 +258,15 @@ def test_no_rows(isa: str) -> None:
     assert native_linear.linear(prepared(w, x.form), x.rows(), 5, 64, x.form).shape == (0, 5)
 
 
+@pytest.mark.parametrize(("weight", "activation"), [*PAIRS, ("2", None), ("8", None), ("4", None)])
+def test_codes_and_factors_are_laid_out_alike(isa: str, weight: str, activation: str | None) -> None:
+    x_form = None if activation is None else integer_form(FORMATS[activation])
+    for channels, width, groups in ((5, 64, 1), (17, 31, 1), (3, 200, 1), (33, 128, 4), (2, 96, 2), (18, 80, 5)):
+        w = operand(weight, channels, width, groups)
+        made = [prepared(w, x_form, from_factors=way) for way in (False, True)]
+        assert torch.equal(*made), (channels, width, groups)
+
+
 def test_a_factor_off_the_grid_is_refused(isa: str) -> None:
     if isa == "portable":
         pytest.skip("takes any int8")
