@@ -17,6 +17,7 @@ from bitquest.benchmarks.cpu_random import float_llama, model_bytes, packed_llam
 from bitquest.benchmarks.cpu_table import QUICK, Sizes
 from bitquest.benchmarks.cpu_timing import copies_past_cache, take_turns, thread_counts, times, torch_threads
 from bitquest.errors import ConfigError
+from bitquest.evaluation.scaling_fitted import FittedLaw
 from bitquest.evaluation.scaling_law import PUBLISHED, efficiency_of, is_extrapolated
 from bitquest.models import Llama, LlamaConfig
 from bitquest.models.config import swiglu_size
@@ -62,14 +63,23 @@ def nearest_shape(parameters: float, vocabulary: int, positions: int = 1024) -> 
 
 
 def measure_equal_loss(
-    loss: float, threads: Sequence[int], repetitions: int, quick: bool, whole: bool, say: Say
+    loss: float,
+    threads: Sequence[int],
+    repetitions: int,
+    quick: bool,
+    whole: bool,
+    say: Say,
+    law: FittedLaw | None = None,
 ) -> dict[str, Any]:
     """Every format of FORMATS at one loss, at the most threads. whole: measure every block, else a few and scale.
 
+    law: fitted to runs of one's own (formats that it does not know are left out); None: the published one.
     Raises ConfigError for a loss that no size reaches, or that asks for models beyond any shape that is tried.
     """
     number, sizes = thread_counts(threads)[-1], QUICK if quick else Sizes()
-    formats = {name: _planned(name, loss, sizes) for name in FORMATS}
+    formats = {name: _planned(name, loss, sizes, law) for name in FORMATS if _knows(law, name)}
+    if len(formats) < 2:
+        raise ConfigError(f"--law: of {', '.join(FORMATS)} it knows {', '.join(formats) or 'none'}; two are compared")
     samplers: dict[str, dict[str, Callable[[], float]]] = {"decode": {}, "prefill": {}}
     for name, row in formats.items():
         say(f"{name}: {row['layers']} blocks of width {row['width']}")
@@ -89,7 +99,7 @@ def measure_equal_loss(
         "quick": quick,
         "loss": loss,
         "tokens_per_parameter": TOKENS_PER_PARAMETER,
-        "law": vars(PUBLISHED),
+        "law": vars(PUBLISHED if law is None else law.law),
         "threads": number,
         "prompt": sizes.prompt,
         "vocabulary": sizes.vocabulary,
@@ -110,17 +120,27 @@ def measure_equal_loss(
     }
 
 
-def _planned(name: str, loss: float, sizes: Sizes) -> dict[str, Any]:
-    efficiency, source = efficiency_of(name)
+def _knows(law: FittedLaw | None, name: str) -> bool:
     try:
-        parameters = PUBLISHED.size(loss, efficiency, TOKENS_PER_PARAMETER)
+        return law is None or bool(law.efficiency(name))
+    except ConfigError:
+        return False
+
+
+def _planned(name: str, loss: float, sizes: Sizes, fitted: FittedLaw | None = None) -> dict[str, Any]:
+    law, (efficiency, source) = PUBLISHED, efficiency_of(name)
+    if fitted is not None:
+        law, (efficiency, source) = fitted.law, fitted.efficiency(name)
+    try:
+        parameters = law.size(loss, efficiency, TOKENS_PER_PARAMETER)
     except ConfigError as error:
         raise ConfigError(f"--equal-loss, {name}: {error}") from None
     if parameters > 1e12:
         raise ConfigError(f"--equal-loss {loss:g}: {name} would need {parameters:.2g} parameters; take a higher loss")
     config = nearest_shape(parameters, sizes.vocabulary)
     notes = [] if source == name else [f"taken as {source}"]
-    if is_extrapolated(parameters):
+    low, high = fitted.range.parameters if fitted is not None else (0.0, 0.0)
+    if is_extrapolated(parameters) if fitted is None else not low <= parameters <= high:
         notes.append("beyond the sizes of the fit")
     own = config.non_embedding_parameters
     return {
@@ -129,7 +149,7 @@ def _planned(name: str, loss: float, sizes: Sizes) -> dict[str, Any]:
         "efficiency_of": source,
         "parameters_by_law": parameters,
         "parameters": own,
-        "loss_of_shape": PUBLISHED.loss(own, own * TOKENS_PER_PARAMETER, efficiency),
+        "loss_of_shape": law.loss(own, own * TOKENS_PER_PARAMETER, efficiency),
         "layers": config.num_hidden_layers,
         "width": config.hidden_size,
         "hidden": config.intermediate_size,

@@ -20,6 +20,9 @@ def cpu(
     equal_loss: Annotated[
         float | None, typer.Option(min=0, help="Instead: each format at the size the scaling law gives this loss.")
     ] = None,
+    law: Annotated[
+        Path | None, typer.Option(help="With --equal-loss: a law of `bitquest scaling fit`, not the published one.")
+    ] = None,
     whole: Annotated[bool, typer.Option("--whole", help="With --equal-loss: measure every block, not a few.")] = False,
     peers: Annotated[str, typer.Option(help="The Python that has llama-cpp-python; this one without.")] = "",
     plot: Annotated[Path | None, typer.Option(help="Draw the layers under the machine's ceilings (PNG).")] = None,
@@ -47,13 +50,16 @@ def cpu(
         if cases or plot is not None or peers:
             raise ConfigError("--equal-loss measures formats side by side; it takes no --cases, --plot or --peers")
         from bitquest.benchmarks.cpu_equal_loss import measure_equal_loss
+        from bitquest.evaluation.scaling_fitted import load_law
 
-        result = measure_equal_loss(equal_loss, counts, repetitions, quick, whole, _say)
+        fitted = None if law is None else load_law(law)
+        result = measure_equal_loss(equal_loss, counts, repetitions, quick, whole, _say, fitted)
         command += f" --equal-loss {equal_loss:g}" + (" --whole" if whole else "")
+        command += "" if law is None else f" --law {law}"
         _deliver(out, command, result, json, equal_loss_lines)
         return
-    if whole:
-        raise ConfigError("--whole goes with --equal-loss")
+    if whole or law is not None:
+        raise ConfigError(f"{'--whole' if whole else '--law'} goes with --equal-loss")
     names = tuple(name.strip() for name in cases.split(",") if name.strip())
     plan = Plan(names, counts, repetitions, quick, peers, ceilings=plot is not None)
     if not any(case.kind == "layer" for case in plan.cases()) and plot is not None:

@@ -3,7 +3,7 @@
 Formats are coloured alike in all charts; a line is dashed where the law was not fitted to such sizes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,24 +118,25 @@ def size_at_loss(drawn: Drawn) -> Chart:
         everything = []
         for axes, bits in zip(line, TABLE_BITS, strict=True):
             axes.set_xscale("log")
-            fronts = {}
-            for name, (colour, _) in drawn.styles.items():
-                total = packed_bytes(shapes, name, bits).total.astype(float)[shown]
-                size, loss, parameters = fronts[name] = total, drawn.losses(n, name)[shown], n[shown]
-                _line(axes, size / 1e6, loss, drawn.inside(parameters), colour)
-                everything += list(zip(size / 1e6, loss, strict=True))
-            winners = _winners(fronts)
-            for name, (size, loss, parameters) in fronts.items():
+            lines = {
+                name: (packed_bytes(shapes, name, bits).total.astype(float), drawn.losses(n, name))
+                for name in drawn.styles
+            }
+            winners = _winners(lines)
+            for name, (size, loss) in lines.items():
+                x, y = size[shown] / 1e6, loss[shown]
+                _line(axes, x, y, drawn.inside(n[shown]), drawn.styles[name][0])
+                everything += list(zip(x, y, strict=True))
                 rows += [
-                    (bits, name, int(s), int(p), float(v), "yes" if best else "no")
-                    for s, v, p, best in zip(size, loss, parameters, winners[name], strict=True)
+                    (bits, name, int(size[i]), int(n[i]), float(loss[i]), "yes" if winners[name][i] else "no")
+                    for i in shown
                 ]
             axes.set_title(f"tables in {bits} bits", loc="left", fontsize=10, color=figures._MUTED)
             _megabytes(axes)
-        x, y = zip(*everything, strict=True)
+        sizes, losses = zip(*everything, strict=True)
         for axes in line:
-            axes.set_xlim(min(x), max(x))
-            axes.set_ylim(min(y) - 0.03 * (max(y) - min(y)), max(y))
+            axes.set_xlim(min(sizes), max(sizes))
+            axes.set_ylim(min(losses) - 0.03 * (max(losses) - min(losses)), max(losses))
         line[0].set_ylabel("loss, nats per token", labelpad=3)
         line[1].set_xlabel("packed size, token table and head included")
         caption = (
@@ -287,18 +288,14 @@ def _stretches(inside: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
             start = place
 
 
-def _winners(fronts: dict[str, tuple[Floats, Floats, Floats]]) -> dict[str, list[bool]]:
-    """Which points no other format undercuts at the same size (interpolated between its own)."""
+def _winners(lines: Mapping[str, tuple[Floats, Floats]]) -> dict[str, list[bool]]:
+    """Which points of each format's line (size, loss) no other line undercuts at the same size; interpolated."""
     found = {}
-    for name, (size, loss, _) in fronts.items():
+    for name, (size, loss) in lines.items():
         others = [
-            np.interp(np.log(size), np.log(s), v, left=np.inf, right=np.inf)
-            for other, (s, v, _) in fronts.items()
-            if other != name
+            np.interp(np.log(size), np.log(s), v, left=np.inf) for other, (s, v) in lines.items() if other != name
         ]
-        found[name] = (
-            [bool(best) for best in np.all([loss <= other for other in others], 0)] if others else [True] * len(loss)
-        )
+        found[name] = [bool(best) for best in np.all([loss <= other for other in [loss, *others]], 0)]
     return found
 
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bitquest.evaluation import figures
 from bitquest.evaluation import report_page as html
 from bitquest.evaluation.charts import Chart, write_charts
+from bitquest.evaluation.plan import size_text
 from bitquest.evaluation.report import environment
+from bitquest.evaluation.report_page import Table
 from bitquest.evaluation.scaling_charts import Drawn, scaling_charts
 from bitquest.evaluation.scaling_fitted import FittedLaw
 from bitquest.evaluation.scaling_runs import ScalingRun
@@ -39,7 +42,14 @@ def write_scaling_report(
     charts = scaling_charts(drawn, runs)
     law = drawn.law
     sections = [
-        *(html.section(_TITLES[chart.name], html.figure(chart.svg, chart.caption)) for chart in charts),
+        *(
+            html.section(
+                _TITLES[chart.name],
+                html.figure(chart.svg, chart.caption),
+                html.table(front_table(chart)) if chart.name == "size-at-loss" else "",
+            )
+            for chart in charts
+        ),
         html.section("The law", html.table(constants_table(law)), html.table(formats_table(law))),
         html.section("Do it again", html.commands(commands), html.facts("Environment", environment())),
     ]
@@ -47,6 +57,22 @@ def write_scaling_report(
     page = folder / PAGE
     write_text_atomic(page, html.page("Scaling law", _summary(law, charts), sections))
     return [page, *write_charts(charts, folder)]
+
+
+def front_table(chart: Chart) -> Table:
+    """Which format has the lowest loss at which packed size, of the chart `size-at-loss`."""
+    found: list[list[Any]] = []
+    for bits, name, size, _, loss, on_front in sorted(chart.rows, key=lambda row: (-row[0], row[2])):
+        if on_front == "yes" and found and found[-1][:2] == [bits, name]:
+            found[-1][3], found[-1][5] = size, loss
+        elif on_front == "yes":
+            found.append([bits, name, size, size, loss, loss])
+    rows = [
+        (f"{bits} bits", name, f"{size_text(first)} to {size_text(last)}", f"{worst:.2f} to {best:.2f}")
+        for bits, name, first, last, worst, best in found
+    ]
+    note = "Neighbours differ by less than the law's uncertainty; sizes are those of the drawn shapes."
+    return Table(("tables", "format", "packed size", "loss"), rows, title="The lowest line", note=note)
 
 
 def _summary(law: FittedLaw, charts: Sequence[Chart]) -> str:
