@@ -162,7 +162,7 @@ def score_table(scores: Sequence[TaskScore]) -> Table:
     ]
     notes = ["± one standard error; acc_norm: log-likelihood by character; bits per byte: of the right choices"]
     notes += [
-        f"{score.task.path.name}: {score.cut} of the questions do not fit in the model's context and lost their beginning"
+        f"{score.task.path.name}: of {score.cut} items the context was too long for the model and lost its beginning"
         for score in scores
         if score.cut
     ]
