@@ -1,5 +1,7 @@
 """The method once more, naively, in float64 and with loops over levels: what the definition is tested against."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,13 @@ def kept_elements(x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
     return (t.unsqueeze(-1).expand(-1, -1, -1, unit).reshape(x.shape) for t in (beaten_by < pattern.n, near))  # type: ignore[return-value]
 
 
+def nearest_e4m3(x: Tensor) -> Tensor:
+    """Positive numbers rounded to sign-exponent-mantissa 1-4-3, at least the smallest subnormal."""
+    exponent = x.clamp_min(2.0**-9).log2().floor().clamp_min(-6)
+    unit = 2.0 ** (exponent - 3)
+    return (torch.round(x / unit) * unit).clamp(2.0**-9, 448)
+
+
 def steps(x_h: Tensor, quantizer: Quantizer) -> Tensor:
     """Δ of every element, (rows, K)."""
     if isinstance(quantizer.granularity, PerRow):
@@ -54,8 +63,21 @@ def steps(x_h: Tensor, quantizer: Quantizer) -> Tensor:
         shared = x_h.reshape(-1, quantizer.granularity.size)
     else:
         shared = x_h.reshape(1, -1)
-    kind = quantizer.scale.to_json()["kind"]
-    if kind in ("gaussian_mse", "learned"):
+    scale = quantizer.scale.to_json()
+    kind = scale["kind"]
+    largest = quantizer.grid.max_level
+    if kind == "power_of_two":
+        peak = shared.abs().amax(1)
+        s = largest * 2.0 ** ((peak.log2().floor() - math.floor(math.log2(largest))).clamp(-126, 127))
+    elif kind == "two_level":
+        peak = shared.abs().amax(1).reshape(x_h.shape[0], -1)
+        over = peak.amax(1, keepdim=True) if scale["shared"] == "row" else peak.amax()
+        outer = (over + 1e-8) / (448 * largest)
+        s = largest * (outer * nearest_e4m3(peak / largest / outer)).reshape(-1)
+        return (s / largest).unsqueeze(1).expand_as(shared).reshape(x_h.shape)
+    elif kind == "learned" and scale.get("start") == "lsq":
+        s = largest * 2 * shared.abs().mean(1) / max(quantizer.grid.levels[-1], 1) ** 0.5
+    elif kind in ("gaussian_mse", "learned"):
         s = quantizer.grid.clip_multiplier * shared.square().mean(1).sqrt()
     elif kind == "absmax":
         s = shared.abs().amax(1)

@@ -32,7 +32,7 @@ from bitquest.numerics.estimators import mask_after_rounding, mask_before_roundi
 from bitquest.numerics.grids import Grid
 from bitquest.numerics.quantizer import Quantizer
 from bitquest.numerics.rotations import Rotation
-from bitquest.numerics.scaling import Learned
+from bitquest.numerics.scaling import EPSILON, Learned
 
 
 class Encoded(NamedTuple):
@@ -166,25 +166,32 @@ def encode(x: Tensor, quantizer: Quantizer, rotation: Rotation, step: Tensor | N
         return Encoded(codes.reshape(x.shape), delta.reshape(shape), kept)
 
 
-_FITTING = 20  # rounds; each can only lower the error
+_FITTED, _ROUNDS = 1 << 14, 10  # values looked at, and rounds of fitting from each start
+_TAILS = (0.0, 0.01, 0.05, 0.15)  # shares of the values left outside the levels at a start, on either side
 
 
 def fit_offset(x_h: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
-    """Where LSQ+ starts: step (1, 1) and offset (1,), float32, of least ‖Q((x_h − β)/Δ)·Δ + β − x_h‖² (eq. 12).
+    """Where LSQ+ starts: step (1, 1) and offset (1,), float32, of least ‖Q((x_h − β)/Δ)·Δ + β − x_h‖² (section 3.2).
 
-    x_h: (…, K) rotated. Alternates between the nearest levels and, given those, the line of least squares.
+    x_h: (…, K) rotated. From levels that span all values (the paper's other choice), or all but a share at either end,
+    it alternates between the nearest levels and, given those, the line of least squares; the best end counts.
     """
-    values = x_h.detach().to(torch.float32).reshape(1, -1)
-    offset = values.mean()
-    step = quantizer.scale.step(values - offset, quantizer.grid).reshape(())
-    for _ in range(_FITTING):
+    values = x_h.detach().to(torch.float32).flatten()
+    values = values[:: -(-values.numel() // _FITTED)]
+    lowest, highest = quantizer.grid.levels[0], quantizer.grid.levels[-1]
+    lows, highs = (torch.quantile(values, values.new_tensor(ends)) for ends in (_TAILS, [1 - t for t in _TAILS]))
+    step = ((highs - lows.unsqueeze(1)) / (highest - lowest)).clamp_min(EPSILON).reshape(-1, 1)
+    offset = lows.repeat_interleave(len(_TAILS)).unsqueeze(1) - step * lowest
+    for _ in range(_ROUNDS):
         levels = quantizer.grid.nearest_((values - offset) / step)
-        spread, middle = torch.var_mean(levels, correction=0)
-        slope = ((levels - middle) * values).mean() / spread
-        if not bool(slope > 0):  # all values on one level
-            break
-        step, offset = slope, values.mean() - slope * middle
-    return step.reshape(1, 1), offset.reshape(1)
+        spread, middle = torch.var_mean(levels, dim=1, correction=0, keepdim=True)
+        slope = ((levels - middle) * values).mean(1, keepdim=True) / spread
+        moved = slope > 0  # not where all values lie on one level
+        step = torch.where(moved, slope, step)
+        offset = torch.where(moved, values.mean() - slope * middle, offset)
+    error = (quantizer.grid.nearest_((values - offset) / step) * step + offset - values).square().mean(1)
+    best = int(error.argmin())
+    return step[best].reshape(1, 1), offset[best].reshape(1)
 
 
 def quantize(x: Tensor, quantizer: Quantizer, rotation: Rotation) -> tuple[Tensor, Tensor]:
