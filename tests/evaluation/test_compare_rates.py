@@ -170,6 +170,8 @@ def test_a_loss_that_ended_far_above_its_own_best_is_unstable():
     assert ended_above(blown_up) == pytest.approx(8.0 - sum(falling[40:50]) / 10)
     recovered = falling[:50] + [8.0] * 10 + falling[60:]
     assert ended_above(recovered) is None
+    # one that was thrown far off at once and came back only in part
+    assert ended_above([6.0] + [60.0] * 20 + [20.0 - i for i in range(10)]) == pytest.approx((13 + 12 + 11) / 3 - 6.0)
     # 3 nats learned: a tenth of that is allowed; what was hardly learned may rise by 0.1
     learned = [6.0] + [3.0] * 50
     assert ended_above([*learned, *[3.29] * 20]) is None

@@ -2,9 +2,7 @@
 
 import json
 import signal
-import subprocess
 import sys
-import threading
 from contextlib import suppress
 
 import pytest
@@ -13,7 +11,7 @@ from bitquest.evaluation import compare_workers
 from bitquest.evaluation.compare import compare, jobs_of
 from bitquest.evaluation.compare_file import load_comparison
 from bitquest.evaluation.compare_plan import Run
-from bitquest.evaluation.compare_runs import is_held, latest_step
+from bitquest.evaluation.compare_runs import is_held
 from bitquest.evaluation.compare_workers import Pool
 from bitquest.training import prepare
 from bitquest.training.runs import claimed
@@ -162,33 +160,6 @@ def test_an_error_kills_the_workers(tmp_path, config, command):
         process = pool.workers[0].process
         raise KeyboardInterrupt
     assert process.returncode == -signal.SIGKILL
-
-
-def test_a_worker_stops_and_saves_when_its_parent_is_gone(tmp_path, config):
-    run_dir = tmp_path / "run"
-    text = load_comparison(config, ["train.steps=100000"]).config(Run("none", 0)).to_toml()
-    script = (
-        "import subprocess, sys, time\n"
-        f"worker = subprocess.Popen([sys.executable, '-m', 'bitquest.evaluation.compare_worker', {str(run_dir)!r}],"
-        " stdin=subprocess.PIPE)\n"
-        "worker.stdin.write(sys.stdin.buffer.read())\nworker.stdin.close()\ntime.sleep(600)"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE)
-    parent.stdin.write(text.encode())
-    parent.stdin.close()
-    tick = threading.Event()
-    for _ in range(1200):
-        if (latest_step(run_dir) or {"step": 0})["step"] > 5:
-            break
-        tick.wait(0.1)
-    parent.kill()
-    parent.wait()
-    for _ in range(600):
-        if not is_held(run_dir):
-            break
-        tick.wait(0.1)
-    assert not is_held(run_dir)
-    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step-{latest_step(run_dir)['step']}"]
 
 
 def test_how_many_at_once(config, monkeypatch, tmp_path):

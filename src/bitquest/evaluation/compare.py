@@ -15,6 +15,7 @@ import shlex
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -42,6 +43,7 @@ from bitquest.training.step import choose_device
 from bitquest.training.trainer import RunStart, TrainResult
 
 REPORT, RESULTS, TABLE = "report.html", "results.json", "results.csv"
+_POLL_S = 0.2  # between two looks at the processes of several runs at once
 
 
 class CompareDisplay(Protocol):
@@ -137,17 +139,20 @@ class _Session:
 
     def at_once(self, jobs: int | None) -> None:
         with Pool(self._plan, self._out, jobs) as pool:
-            while not self._stopping():
+            while True:
+                if self._stopping():
+                    pool.stop()
                 running = {worker.run for worker in pool.workers}
                 left = [run for run in self._left() if run not in running]
                 ready = [run for run in left if not is_held(self._out / self._plan.folder(run))]
-                while ready and pool.has_room():
+                while ready and pool.has_room() and not self._stopping():
                     pool.start(ready.pop(0))
-                if not pool.workers and not left:
-                    return
-                for worker in pool.watch(self._should_stop):
+                for worker in pool.ended():
                     self._ended(worker.run, worker.failure if not self._was_stopped(worker.process) else None)
                 self._show(pool)
+                if not pool.workers and (self._stopping() or not self._left()):
+                    return
+                time.sleep(_POLL_S)
 
     def _left(self) -> list[Run]:
         """Runs that are known to be wanted and are neither made nor failed."""

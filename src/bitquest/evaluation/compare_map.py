@@ -102,9 +102,9 @@ def map_chart(result: ComparisonResult) -> Chart:
     with figures.drawing(whole) as figure:
         for down, corpus in enumerate(corpora):
             arms = [arm for arm in plan.arms if places[arm.key].corpus == corpus]
-            found = [cells[arm.key, rate].loss for arm in arms for rate in rates]
-            losses = [loss for loss in found if loss is not None]
-            limits = (min(losses), max(losses)) if losses else (0.0, 1.0)
+            found = [cells[arm.key, rate] for arm in arms for rate in rates]
+            losses = [cell.loss for cell in found if cell.loss is not None and not cell.unstable]
+            limits = (min(losses), max(losses)) if losses else (0.0, 1.0)  # those of unstable runs may be anything
             for across, size in enumerate(sizes):
                 bottom = whole - _HEAD - height - down * (height + _HEAD + _GAP)
                 x = left + across * (width + _GAP)
@@ -153,7 +153,7 @@ def _draw(axes: Any, grid: Sequence[Sequence[Cell]], limits: tuple[float, float]
             if cell.loss is None:
                 fill = to_rgba(figures._INK) if cell.diverged else to_rgba(figures._GRID, 0.3)
             else:
-                share = (cell.loss - low) / (high - low) if high > low else 0.0
+                share = min(max((cell.loss - low) / (high - low), 0.0), 1.0) if high > low else 0.0
                 fill = to_rgba(_SHADE, _FAINT + (_STRONG - _FAINT) * share)
             box = (column - 0.47, row - 0.44)
             axes.add_patch(Rectangle(box, 0.94, 0.88, facecolor=fill, edgecolor="none"))

@@ -117,15 +117,16 @@ def _records(run_dir: Path) -> list[Record]:
 def ended_above(losses: Sequence[float]) -> float | None:
     """How far the training loss ended above its own best, in nats, if that is far; None if it is not.
 
-    losses: as logged, in order. Of windows as long as a tenth of them, the last one's mean is compared with the lowest
-    mean. Far is more than 0.1 nats and more than a tenth of all that was learned, from the first loss to the lowest
-    mean. Fewer than 20 losses tell nothing.
+    losses: as logged, in order. Of windows as long as a tenth of them, the last one's mean is compared with the best:
+    the lowest mean, or the first loss if that is lower. Far is more than 0.1 nats and more than a tenth of all that was
+    learned, from the first loss to the best. Fewer than 20 losses tell nothing.
     """
     if len(losses) < _FEWEST_LOSSES:
         return None
     width = len(losses) // 10
     means = [sum(losses[i : i + width]) / width for i in range(len(losses) - width + 1)]
-    rise, learned = means[-1] - min(means), losses[0] - min(means)
+    best = min(losses[0], *means)
+    rise, learned = means[-1] - best, losses[0] - best
     return rise if rise > max(_LEAST_RISE, _SHARE_LOST * learned) else None
 
 

@@ -4,10 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -17,7 +15,6 @@ from bitquest.training.loggers import Record
 
 LOGS = "logs"
 COMMAND = (sys.executable, "-m", "bitquest.evaluation.compare_worker")
-_POLL_S = 0.2
 _MIB = 2**20
 # What a process takes of a GPU beside PyTorch's allocations: the CUDA context and the kernels' libraries.
 _CONTEXT_MIB = 700
@@ -31,7 +28,6 @@ class Worker:
     folder: Path
     log: Path
     process: subprocess.Popen[bytes]
-    began: float = field(default_factory=time.monotonic)
 
     def latest(self) -> Record | None:
         """The last training record that it has logged."""
@@ -107,18 +103,18 @@ class Pool:
         threads = max(1, self._cores // self._jobs) if self._jobs is not None else 1
         self.workers.append(start_worker(self._plan, self._out, run, threads))
 
-    def watch(self, should_stop: Callable[[], bool] | None) -> Iterator[Worker]:
-        """Wait a moment; the workers that have ended meanwhile. Once should_stop() is true all are told to stop."""
-        if should_stop is not None and should_stop():
-            for worker in self.workers:
-                worker.process.terminate()
-            for worker in self.workers:
-                worker.process.wait()
-        else:
-            time.sleep(_POLL_S)
-        for worker in [worker for worker in self.workers if worker.process.poll() is not None]:
-            self.workers.remove(worker)
-            yield worker
+    def stop(self) -> None:
+        """Tell all workers to save and end, and wait for them."""
+        for worker in self.workers:
+            worker.process.terminate()
+        for worker in self.workers:
+            worker.process.wait()
+
+    def ended(self) -> list[Worker]:
+        """The workers that have ended since the last call; they make room."""
+        gone = [worker for worker in self.workers if worker.process.poll() is not None]
+        self.workers = [worker for worker in self.workers if worker not in gone]
+        return gone
 
     def _fits(self) -> bool:
         """Whether the GPU has room for a run as large as the largest one seen, once all that run have shown theirs."""
