@@ -1,6 +1,7 @@
 """Each part of a recipe by its formula on a small model, and the model a run with parts publishes."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -210,6 +211,15 @@ def test_residual_layers_begin_smaller():
     for name, parameter in plain.named_parameters():
         factor = 0.5 if name.split(".")[-2] in ("o_proj", "down_proj") else 1.0
         assert torch.equal(model.get_parameter(name), parameter * factor), name
+
+
+def test_norms_before_residual_layers_begin_at_their_weight():
+    shape = dataclasses.replace(SHAPE, norm_before_o_proj=True, norm_before_down_proj=True)
+    model = quantize_(Llama(shape).init_weights(0), "w1a1")
+    recipe_of(model, residual_norm_init=0.25)
+    norms = {name: set(p.tolist()) for name, p in model.named_parameters() if p.ndim == 1}
+    assert norms == {name: {0.25} if ".o_norm." in name or ".down_norm." in name else {1.0} for name in norms}
+    assert {0.25} in norms.values()
 
 
 # --- freezing -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from bitquest.training.recipe_cage import Cage
 from bitquest.training.recipe_freeze import Freeze
 from bitquest.training.recipe_gain import RowGain, is_gain
 from bitquest.training.recipe_part import Part
-from bitquest.training.recipe_rows import RowNorm, scale_residual_init_
+from bitquest.training.recipe_rows import RowNorm, fill_residual_norms_, scale_residual_init_
 from bitquest.training.recipe_widths import QuantizerSchedule
 
 _WEIGHT = "recipe.weight."
@@ -36,6 +36,8 @@ class Recipe:
         section, self.model, self.steps = config.recipe, model, config.train.steps
         if is_new and section.residual_init != 1.0:
             scale_residual_init_(model, section.residual_init)
+        if is_new and section.residual_norm_init != 1.0:
+            fill_residual_norms_(model, section.residual_norm_init)
         gain = RowGain(model) if section.row_gain else None  # its parameters are the optimizer's too
         self.optimizer = make_optimizer(model, config.optimizer, section)
         self.decay_until = section.decay_until

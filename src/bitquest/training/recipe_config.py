@@ -44,7 +44,8 @@ class RecipeSection:
     average. freeze: rate of flips above which a weight's code is fixed (0: off), followed with freeze_momentum from the
     share freeze_from on.
     row_gain: a learned factor per output row. row_norm: keep the rows' norms as they were when training began.
-    residual_init: factor on the initial weights of o_proj and down_proj.
+    residual_init: factor on the initial weights of o_proj and down_proj. residual_norm_init: the initial weight of the
+    norms before them, where the model has these.
     teacher: a run to distil from ("": none), and distill, the share of its part in the loss.
     """
 
@@ -68,6 +69,7 @@ class RecipeSection:
     row_gain: bool = False
     row_norm: bool = False
     residual_init: float = setting(1.0, above=0)
+    residual_norm_init: float = setting(1.0, above=0)
     teacher: str = ""
     distill: float = setting(0.5, at_least=0, at_most=1)
 

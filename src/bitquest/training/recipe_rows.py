@@ -1,4 +1,4 @@
-"""Norms of the weights: rows kept at the norm they began with, and smaller weights where a block joins the stream."""
+"""How large weights are: rows kept at the norm they began with, and smaller beginnings where a block joins the stream."""
 
 from collections.abc import Mapping
 
@@ -20,6 +20,18 @@ def scale_residual_init_(model: nn.Module, factor: float) -> None:
             layer.weight.mul_(factor)
             if isinstance(layer, QuantizedLinear) and layer.weight_quantizer.step is not None:
                 layer.weight_quantizer.step.mul_(factor)
+
+
+@torch.no_grad()
+def fill_residual_norms_(model: nn.Module, value: float) -> None:
+    """Set the weights of the norms before o_proj and down_proj, in place: how strongly a block begins to speak.
+
+    With a weight of 1 a norm makes a block's first outputs as large as its inputs, far larger than embeddings of
+    σ = 0.02. Small factors on residual branches that training raises: LayerScale, Touvron et al., arXiv 2103.17239.
+    """
+    for name, norm in model.named_modules():
+        if name.rpartition(".")[2] in ("o_norm", "down_norm"):
+            norm.get_parameter("weight").fill_(value)
 
 
 class RowNorm(Part):
