@@ -1,4 +1,4 @@
-"""How large weights are: rows kept at the norm they began with, and smaller beginnings where a block joins the stream."""
+"""How large weights are: rows kept at the norm they began with, and small beginnings where a block joins the stream."""
 
 from collections.abc import Mapping
 
