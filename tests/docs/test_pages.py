@@ -69,10 +69,12 @@ ASSUMED = {
     "docs/howto/backends.md": _packed_run,
     "docs/howto/compare.md": _prepared,
     "docs/howto/data.md": _more_text,
+    "docs/howto/diagnose.md": _prepared,
     "docs/howto/generate.md": _packed_run,
     "docs/howto/gpu-benchmarks.md": _prepared,
     "docs/howto/pack.md": _finished_run,
     "docs/howto/recipes.md": _prepared,
+    "docs/howto/rivals.md": _prepared,
 }
 
 
