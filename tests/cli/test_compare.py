@@ -11,6 +11,8 @@ import time
 import pytest
 
 import bitquest.cli.app as app
+from bitquest.evaluation import compare_workers
+from bitquest.evaluation.compare_runs import is_held, latest_step
 from bitquest.training import prepare
 
 CONFIG = """
@@ -133,3 +135,80 @@ def test_ctrl_c_saves_and_the_command_it_names_finishes(folder):
     assert "w1a1 converges" in done.stderr
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"train"' in line]
     assert steps == list(range(1, 151))
+
+
+def test_rates_and_a_dry_run(folder, invoke):
+    words = ("small.toml", "--schemes", "w1a1", "--rates", "1e-2,1e-3", "--out", "swept")
+    code, out, err = invoke(*words, "--dry-run", "--json")
+    assert code == 0, err
+    assert "3 runs in all; training time left: unknown before the first run is made." in err
+    found = json.loads(out)
+    assert (found["dry_run"], found["total_runs"], found["chosen_later"]) == (True, 3, 1)
+    assert found["runs"][0]["status"] == "waiting"
+    assert not (folder / "swept").exists()
+    code, _, err = invoke(*words)
+    assert code == 0, err
+    assert "1 arm × 2 rates × 2 seeds = 3 runs of 3 steps" in err
+    assert "w1a1, rate 0.01, seed 0: " in err
+    assert "0.01*" in err
+    assert "3 runs in all; training time left: 0 s." in invoke(*words, "--dry-run")[2]
+    assert (folder / "swept" / "figures" / "rates.png").stat().st_size > 1000
+    command = (folder / "swept" / "report.html").read_text().split("<code>")[1].split("</code>")[0]
+    assert "--rates 1e-2,1e-3" in command
+    code, _, err = invoke("small.toml", "--rates", "0", "--out", "x")
+    assert (code, "'0' is no learning rate" in err) == (1, True)
+
+
+def test_runs_that_fail_are_named_with_their_logs(folder, invoke, monkeypatch):
+    fails = "import sys; sys.exit('error: out of room')"
+    monkeypatch.setattr(compare_workers, "COMMAND", (sys.executable, "-c", fails))
+    code, _, err = invoke("small.toml", "--seeds", "0", "--jobs", "2", "--out", "out")
+    assert code == 1
+    assert "Traceback" not in err
+    assert "0 of 2 runs are finished; these failed:" in err
+    line = next(line for line in err.splitlines() if line.startswith("  w1a1, seed 0: "))
+    assert line.endswith("its process failed (exit code 1): out of room. All it said is in out/logs/w1a1-seed0.log")
+    assert "The same command tries them again:\n  bitquest compare small.toml --out out --seeds 0 --jobs 2" in err
+
+
+def wait_for(what, process=None):
+    deadline = time.monotonic() + 200
+    while not what():
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_several_at_once_are_killed_and_stopped_without_losing_a_step(folder):
+    environment = {**os.environ, "PYTHONWARNINGS": "error", "OMP_NUM_THREADS": "1"}
+    words = ["compare", "small.toml", "--out", "out", "--seeds", "0", "--jobs", "2", "--set", "train.steps=100000"]
+    runs = [folder / "out" / "runs" / f"{scheme}-seed0" for scheme in ("none", "w1a1")]
+
+    def start():
+        command = [sys.executable, "-m", "bitquest.cli.app", *words]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+    def steps():
+        return [(latest_step(run) or {"step": 0})["step"] for run in runs]
+
+    process = start()
+    wait_for(lambda: min(steps()) > 5, process)
+    process.kill()  # as kill -9 does: the runs' processes notice, save and end
+    process.communicate()
+    wait_for(lambda: not any(map(is_held, runs)))
+    saved = steps()
+    assert [os.listdir(run / "checkpoints") for run in runs] == [[f"step-{step}"] for step in saved]
+
+    process = start()
+    wait_for(lambda: all(now > before for now, before in zip(steps(), saved, strict=True)), process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "0 of 2 runs are finished" in err
+    assert shlex.split(err[err.index("Go on with:") :].splitlines()[1])[:5] == ["bitquest", *words[:4]]
+    assert not any(map(is_held, runs))
+    for run, last in zip(runs, steps(), strict=True):
+        assert f"step-{last}" in os.listdir(run / "checkpoints")
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, last + 1))
