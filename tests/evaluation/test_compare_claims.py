@@ -76,11 +76,15 @@ def test_the_tables_say_what_is_not_separable():
         for seed, loss in enumerate(values)
     ]
     result = summarize(plan, runs)
-    assert [row[-3] for row in results_table(result, narrow=True).rows] == [
+    assert [row[-3] for row in results_table(result).rows] == [
         "+0.0000",
         "+0.0033 ± 0.0379, not separable",
         "+0.8167 ± 0.0717",
     ]
+    narrow = results_table(result, narrow=True)
+    assert narrow.rows[1][-3] == "+0.0033 ± 0.0379 n.s."
+    assert "n.s.: not separable" in narrow.note
+    assert "n.s.: not separable" in verdicts_table(result, narrow=True).note
     verdicts = verdicts_table(result).rows
     assert [row[:2] for row in verdicts] == [("NONE < W4A4", "failed"), ("W4A4 < W1A1", "passed")]
     assert verdicts[0][2].endswith("not separable")

@@ -75,7 +75,7 @@ def command(
         _say(f"Stopped; {len(result.runs)} of {plan.total_runs()} runs are finished. Go on with:\n  {again}")
         raise typer.Exit(stop.exit_code)
     if result.verdicts:
-        print_table(verdicts_table(result))
+        print_table(verdicts_table(result, narrow=True))
     _say(f"Written: {folder / REPORT}, {folder / RESULTS}, {folder / TABLE}")
     if not result.passed:
         failed = [words_of(plan, verdict.expectation) for verdict in result.verdicts if not verdict.passed]
