@@ -87,7 +87,7 @@ def test_a_known_law_is_found_again(seed):
 
 
 def test_intervals_cover_as_often_as_they_say():
-    """20 noisy repetitions: the true values lie in the 95 % intervals in most of them, and the intervals are no guess."""
+    """20 noisy repetitions: the true values lie in the 95 % intervals in most; no interval is a guess."""
     law, rng, hits, widths = ScalingLaw(160.0, 0.2, 86.0, 0.24, 1.5), np.random.default_rng(0), [], []
     for seed in range(20):
         fitted = fit_law(_runs(law, rng, 0.004), starts=2, samples=50, seed=seed)

@@ -56,9 +56,9 @@ class ScalingRuns:
 def read_runs(paths: Sequence[str | Path]) -> ScalingRuns:
     """The runs of CSV files, run directories and comparisons (all their runs).
 
-    Runs that diverged or have steps left are left out with a note. Of a cell (format, N, D) that was trained at several
-    learning rates only one rate's runs stay: the rate with the most runs, of these with the lowest mean loss.
-    Raises DataError naming file and line, or folder.
+    Runs that diverged, are unstable or have steps left are left out with a note. Of a cell (format, N, D) that was
+    trained at several learning rates only one rate's runs stay: the rate with the most runs, of these with the lowest
+    mean loss. Raises DataError naming file and line, or folder.
     """
     found: list[ScalingRun] = []
     notes: list[str] = []
@@ -208,6 +208,7 @@ def _read_folders(folders: Sequence[Path]) -> tuple[list[ScalingRun], list[str]]
 
 def _read_folder(folder: Path) -> tuple[ScalingRun | str, str]:
     """A run and the data it names; or why it does not count."""
+    from bitquest.evaluation.compare_runs import ended_above
     from bitquest.evaluation.runs import read_run
     from bitquest.training.config import load_config
 
@@ -216,6 +217,9 @@ def _read_folder(folder: Path) -> tuple[ScalingRun | str, str]:
     config, summary = load_config(folder / "config.toml"), read_run(folder)
     if not summary.finished or summary.val_loss is None or summary.validation_curve[-1].step != summary.steps:
         return f"step {summary.steps} of {summary.total_steps}, or no validation loss at its end", ""
+    rise = ended_above([point.loss for point in summary.train_curve])
+    if rise is not None:
+        return f"unstable: the training loss ended {rise:.2f} nats above its own best", ""
     if config.model.init_from is not None:
         return "started from a checkpoint; the law is of training from scratch", ""
     shape = config.model.llama_config(1, config.data.context)
