@@ -69,6 +69,7 @@ ASSUMED = {
     "docs/howto/backends.md": _packed_run,
     "docs/howto/compare.md": _prepared,
     "docs/howto/data.md": _more_text,
+    "docs/howto/evaluate.md": _packed_run,
     "docs/howto/diagnose.md": _prepared,
     "docs/howto/generate.md": _packed_run,
     "docs/howto/gpu-benchmarks.md": _prepared,

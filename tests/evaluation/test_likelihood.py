@@ -62,13 +62,16 @@ def test_a_batch_changes_nothing(scheme, packed):
     model = model_of(scheme)
     if packed:
         model = pack_(model)
-    requests = random_requests(5)
+    requests, lengths = random_requests(5), [set()]
+    model.register_forward_pre_hook(lambda _, arguments: lengths[0].add(arguments[0].shape[1]))
     alone = log_likelihoods(model, requests, batch_size=1)
     for batch_size in (2, 16):
+        lengths.insert(0, set())
         together = log_likelihoods(model, requests, batch_size=batch_size)
         for a, b in zip(alone, together, strict=True):
             assert b.nats == pytest.approx(a.nats, rel=1e-6)
             assert a.greedy == b.greedy
+    assert lengths[0] == lengths[1] == lengths[2] == {64, 96}  # a row's own, whatever the batch
     for a, b in zip(requests[::4], alone[::4], strict=True):
         [single] = log_likelihoods(model, [a])  # without its sisters in the row: attention adds up other lengths
         assert single.nats == pytest.approx(b.nats, rel=1e-5 if scheme == "none" else 0.05)
