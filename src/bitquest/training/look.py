@@ -38,6 +38,8 @@ from bitquest.numerics.scaling import GaussianMSE
 from bitquest.ops.rows import apply_prologue
 from bitquest.training.step import next_token_loss
 
+Autocast = Callable[[], AbstractContextManager[Any]]
+
 
 @dataclass(frozen=True)
 class OperandLook:
@@ -80,12 +82,10 @@ class Look:
     inputs: dict[str, OperandLook] = field(default_factory=dict)
 
 
-def look_at(
-    model: Llama, windows_BT1: Tensor, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-) -> Look:
+def look_at(model: Llama, windows_BT1: Tensor, autocast: Autocast | None = None) -> Look:
     """Look at a model on int64 windows (B, T+1) on its device. Nothing of it changes: parameters, gradients, mode.
 
-    autocast: makes the context of the training's precision, for both passes alike.
+    autocast: makes the context of the training's precision, for both passes alike; None: as the caller has it.
     Raises ConfigError for a packed model.
     """
     names = {id(layer): name for name, layer in model.named_modules()}
@@ -95,9 +95,9 @@ def look_at(
         with torch.random.fork_rng(devices=[windows_BT1.device] if windows_BT1.is_cuda else []), torch.enable_grad():
             inputs: dict[str, OperandLook] = {}
             with unquantized(model):
-                loss_0, outputs_0, weights_0 = _gradients(model, windows_BT1, autocast)
+                loss_0, outputs_0, weights_0 = _gradients(model, windows_BT1, autocast or nullcontext)
             with _watched_inputs(model, names, inputs):
-                loss, outputs, weights = _gradients(model, windows_BT1, autocast)
+                loss, outputs, weights = _gradients(model, windows_BT1, autocast or nullcontext)
     finally:
         model.train(was_training)
         with torch.no_grad():
@@ -137,9 +137,7 @@ def _fresh_steps(model: nn.Module) -> list[Tensor]:
     return [step for step in steps if step is not None and bool(step.isnan().any())]
 
 
-def _gradients(
-    model: Llama, windows_BT1: Tensor, autocast: Callable[[], AbstractContextManager[Any]]
-) -> tuple[float, list[Tensor], dict[str, Tensor]]:
+def _gradients(model: Llama, windows_BT1: Tensor, autocast: Autocast) -> tuple[float, list[Tensor], dict[str, Tensor]]:
     """Loss, ∂L/∂h of every block's output, ∂L/∂W of the blocks' linear layers by name; no `.grad` is touched."""
     outputs: list[Tensor] = []
     handles = [block.register_forward_hook(lambda _, __, h: outputs.append(h)) for block in model.model.layers]
