@@ -55,8 +55,8 @@ def nearest_e4m3(x: Tensor) -> Tensor:
     return (torch.round(x / unit) * unit).clamp(2.0**-9, 448)
 
 
-def steps(x_h: Tensor, quantizer: Quantizer) -> Tensor:
-    """Δ of every element, (rows, K)."""
+def steps(x_h: Tensor, quantizer: Quantizer, nudge: float = 0.0) -> Tensor:
+    """Δ of every element, (rows, K). nudge: a relative change before a scale is itself rounded."""
     if isinstance(quantizer.granularity, PerRow):
         shared = x_h
     elif isinstance(quantizer.granularity, PerGroup):
@@ -67,13 +67,13 @@ def steps(x_h: Tensor, quantizer: Quantizer) -> Tensor:
     kind = scale["kind"]
     largest = quantizer.grid.max_level
     if kind == "power_of_two":
-        peak = shared.abs().amax(1)
+        peak = shared.abs().amax(1) * (1 + nudge)
         s = largest * 2.0 ** ((peak.log2().floor() - math.floor(math.log2(largest))).clamp(-126, 127))
     elif kind == "two_level":
         peak = shared.abs().amax(1).reshape(x_h.shape[0], -1)
         over = peak.amax(1, keepdim=True) if scale["shared"] == "row" else peak.amax()
         outer = (over + 1e-8) / (448 * largest)
-        s = largest * (outer * nearest_e4m3(peak / largest / outer)).reshape(-1)
+        s = largest * (outer * nearest_e4m3(peak / largest / outer * (1 + nudge))).reshape(-1)
         return (s / largest).unsqueeze(1).expand_as(shared).reshape(x_h.shape)
     elif kind == "learned" and scale.get("start") == "lsq":
         s = largest * 2 * shared.abs().mean(1) / max(quantizer.grid.levels[-1], 1) ** 0.5
@@ -102,6 +102,7 @@ def forward(x: Tensor, quantizer: Quantizer, rotation: Rotation) -> tuple[Tensor
         q = levels[distance.argmin(-1)]
     middles = (levels[1:] + levels[:-1]) / 2
     doubtful = ((t.unsqueeze(-1) - middles).abs() < 1e-5 * quantizer.grid.max_level).any(-1)
+    doubtful |= steps(x_h, quantizer, 1e-6) != steps(x_h, quantizer, -1e-6)  # a scale that lies on a threshold
     kept, near = kept_elements(x_h, quantizer)
     doubtful |= near
     q = q * kept

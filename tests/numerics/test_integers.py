@@ -22,8 +22,8 @@ from bitquest.numerics import (
     encode,
     integer_form,
     integer_linear,
-    lloyd_max_grid,
     integers,
+    lloyd_max_grid,
     weight_only_linear,
 )
 from bitquest.numerics.integers import integer_product

@@ -108,6 +108,12 @@ class CodebookGrid:
             raise ConfigError(f"the largest level of codebook {self.name!r} must be positive: it sets the scale")
         object.__setattr__(self, "levels", levels)
 
+    def __repr__(self) -> str:
+        levels: object = self.levels
+        if len(self.levels) > 16:
+            levels = f"({self.levels[0]:g}, …, {self.levels[-1]:g}), {len(self.levels)} of them"
+        return f"CodebookGrid(name={self.name!r}, levels={levels}, exact={self.exact})"
+
     @property
     def bits(self) -> int:
         """Bits a code takes: ⌈log2(number of levels)⌉."""

@@ -11,16 +11,18 @@ from torch import Tensor
 from bitquest.errors import ConfigError
 from bitquest.numerics.estimators import Clip, Estimator, StraightThrough, Trust
 from bitquest.numerics.fake_quant import dequantize
-from bitquest.numerics.grids import ALL_GRIDS, FP4, TERNARY, CodebookGrid, Grid, UniformGrid
+from bitquest.numerics.grids import ALL_GRIDS, FP4, INT8_SYMMETRIC, TERNARY, CodebookGrid, Grid, UniformGrid
 from bitquest.numerics.integers import integer_form
 from bitquest.numerics.packing import pack, packed_width, unpack
 from bitquest.numerics.quantizer import Quantizer
 from bitquest.numerics.rotations import hadamard, rotation_from_block
-from bitquest.numerics.scaling import AbsMax, AbsMean, GaussianMSE, Learned, PerGroup, PerTensor
+from bitquest.numerics.scaling import AbsMax, AbsMean, GaussianMSE, Learned, PerGroup, PerTensor, PowerOfTwo, TwoLevel
 from bitquest.numerics.sparsity import NofM
 from bitquest.ops.engine import TorchEngine, bits_to_mask, mask_bits
+from bitquest.ops.linear_spec import LinearSpec
 from bitquest.ops.rows import Prologue, QuantizedRows, RMSNorm, SwiGLU, apply_prologue
 from bitquest.ops.triton.dequantize import dequantize_rows
+from bitquest.ops.triton.engine import TritonEngine
 from bitquest.ops.triton.quantize import MAX_LEVELS, quantize_rows, rotate_rows
 
 PARTS = frozenset({"factors", "packed", "mask", "sums"})
@@ -101,9 +103,35 @@ def check(
     agree(made, apply_prologue(x, prologue), quantizer, block, wanted)
 
 
-@pytest.mark.parametrize("grid", ALL_GRIDS, ids=str)
+FUSED_GRIDS = [grid for grid in ALL_GRIDS if isinstance(grid, UniformGrid) or len(grid.levels) <= MAX_LEVELS]
+
+
+@pytest.mark.parametrize("grid", FUSED_GRIDS, ids=str)
 def test_every_grid(grid: Grid, device: torch.device) -> None:
     check(rows((5, 160), device, torch.bfloat16), Quantizer(grid=grid), 32)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "reason"),
+    [
+        (Quantizer(FP4, PerGroup(32), PowerOfTwo()), "PowerOfTwo scales are not computed"),
+        (Quantizer(FP4, PerGroup(32), TwoLevel("row")), "TwoLevel scales are not computed"),
+        (Quantizer(FP4, PerGroup(16)), "32, 64 or 128 elements, not 16"),
+        (Quantizer(FP4, scale=Learned("lsq")), "Learned scales are not computed"),
+        (Quantizer(FP4, scale=Learned(offset=True)), "a learned offset is not subtracted"),
+        (Quantizer(INT8_SYMMETRIC), "up to 16 levels"),
+    ],
+    ids=str,
+)
+def test_what_the_fused_kernels_leave_to_torch(quantizer: Quantizer, reason: str, device: torch.device) -> None:
+    engine = TritonEngine()
+    assert reason in str(engine.refuses_rows(quantizer, 1))
+    spec = LinearSpec(128, 32, Quantizer(FP4), quantizer, 1)
+    given = quantizer.is_learned and not quantizer.scale.offset  # type: ignore[union-attr]
+    assert (engine.refuses(spec) is None) == given  # a learned step is given to a packed layer
+    assert engine.refuses_training(spec) is not None
+    with pytest.raises(ConfigError, match=reason):
+        quantize_rows(rows((2, 128), device), quantizer, 1, want=frozenset({"packed"}))
 
 
 # K: one chunk and less, odd, not whole chunks, whole ones; several rows a tile, one, a row longer than 64 chunks; and
