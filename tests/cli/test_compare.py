@@ -101,6 +101,7 @@ def test_mistakes_give_one_message_and_leave_nothing(folder, invoke):
         (["small.toml", "--set", "data.path=elsewhere"], "elsewhere"),
         (["small.toml", "--out", "text.txt"], "there is a file of this name"),
         (["small.toml", "--out", "."], "and no compare.toml"),
+        (["small.toml", "--out", ".", "--dry-run"], "and no compare.toml"),
     ]:
         code, out, err = invoke(*words)
         assert (code, out) == (1, ""), words

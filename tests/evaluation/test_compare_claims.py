@@ -100,6 +100,20 @@ def test_the_tables_say_what_is_not_separable():
     assert [row[:4] for row in claims_table(summarize(turned, runs)).rows] == [row[:4] for row in pairs]
 
 
+def test_of_many_arms_neighbours_are_shown():
+    base = TrainConfig(scheme="none")
+    arms = tuple(Arm(f"arm {number}", f"arm {number}", base, is_plain=False) for number in range(10))
+    runs = [
+        RunResult(arm.key, "none", seed, None, "finished", 1, 3.0 - number / 10 + seed / 100, 1.0, 1.0, "x")
+        for number, arm in enumerate(arms)
+        for seed in (0, 1)
+    ]
+    table = claims_table(summarize(Comparison(base, arms, (0, 1)), runs))
+    assert [row[:2] for row in table.rows] == [(f"arm {n}", f"arm {n - 1}") for n in range(9, 0, -1)]
+    assert {row[2] for row in table.rows} == {"+0.1000"}
+    assert table.title == "Neighbours by mean loss"
+
+
 def test_a_difference_is_to_the_unquantized_model_of_the_same_recipe():
     base = TrainConfig.from_dict({"data": {"path": "x"}})
     decayed = TrainConfig.from_dict({"data": {"path": "x"}, "optimizer": {"weight_decay": 0.5}})

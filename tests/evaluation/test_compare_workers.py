@@ -108,6 +108,16 @@ def test_a_worker_that_fails_is_told_of_and_the_others_go_on(tmp_path, config, c
     assert "its process ended before the last step" in compare(plan, out).failures["w1a1, seed 0"]
 
 
+def test_a_run_that_left_something_unreadable_does_not_stop_the_others(tmp_path, config, command):
+    command(
+        "import pathlib, sys; run = pathlib.Path(sys.argv[1]); run.mkdir(parents=True); "
+        "(run / 'config.toml').write_text(sys.stdin.read()); (run / 'metrics.jsonl').write_text('no record\\n')"
+    )
+    failures = compare(load_comparison(config), tmp_path / "out").failures
+    assert len(failures) == 2
+    assert all("metrics.jsonl, line 1: not a metrics record" in failure for failure in failures.values())
+
+
 def test_threads_are_shared_out(tmp_path, config, monkeypatch, command):
     command("import os, sys; sys.exit(os.environ.get('OMP_NUM_THREADS', 'none'))")
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)

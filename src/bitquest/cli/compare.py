@@ -84,10 +84,10 @@ def command(
 
 
 def _foretell(plan: "Comparison", folder: Path, json: bool) -> None:
-    from bitquest.evaluation.compare import check_fits
+    from bitquest.evaluation.compare import check_plan
     from bitquest.evaluation.compare_dry import forecast, forecast_table
 
-    check_fits(plan)
+    check_plan(plan, folder)
     found = forecast(plan, folder)
     if json:
         print_json_object("compare", {"out": str(folder), "dry_run": True, **found.to_json()})

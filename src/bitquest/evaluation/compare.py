@@ -26,7 +26,7 @@ from bitquest.errors import ConfigError, UserError
 from bitquest.evaluation.compare_claims import require_scipy
 from bitquest.evaluation.compare_file import check_same_plan
 from bitquest.evaluation.compare_page import write_page
-from bitquest.evaluation.compare_plan import PLAN, Comparison, Run, data_digest
+from bitquest.evaluation.compare_plan import PLAN, Comparison, Run
 from bitquest.evaluation.compare_results import ComparisonResult, best_rates, summarize
 from bitquest.evaluation.compare_runs import RunResult, check_run, is_held, make_run, read_result
 from bitquest.evaluation.compare_workers import Pool
@@ -78,8 +78,7 @@ def compare(
     out = Path(out)
     require_matplotlib()
     require_scipy()
-    check_fits(plan)
-    _check_directory(out, plan)
+    check_plan(plan, out)
     jobs = jobs_of(plan)
     with claimed(out):
         write_text_atomic(out / PLAN, plan.to_toml())
@@ -175,8 +174,11 @@ class _Session:
         return True
 
     def _ended(self, run: Run, failure: str | None) -> None:
-        if self._take(run) or (failure is None and self._stopping()):
-            return
+        try:
+            if self._take(run) or (failure is None and self._stopping()):
+                return
+        except UserError as error:  # what one run left behind does not stop the others
+            failure = failure or str(error)
         self._failures[run] = failure or "its process ended before the last step"
         if self._display is not None:
             self._display.on_failure(run, self._failures[run])
@@ -214,11 +216,15 @@ class _Listener:
         pass
 
 
-def check_fits(plan: Comparison) -> None:
-    """Raise now, not hours later: DataError for the data, ConfigError for a scheme the model's widths do not allow."""
+def check_plan(plan: Comparison, out: Path) -> None:
+    """Raise now, not hours later.
+
+    DataError for the data, ConfigError for a scheme the model's widths do not allow and for a directory that holds
+    something else.
+    """
     for arm in plan.arms:
         _check_arm_fits(arm.config, arm.name)
-    data_digest(plan.base)
+    _check_directory(out, plan)
 
 
 def _check_arm_fits(config: TrainConfig, name: str) -> None:

@@ -8,6 +8,8 @@ from bitquest.evaluation.compare_results import ComparisonResult, Spread
 from bitquest.evaluation.ordering import Expectation
 from bitquest.evaluation.report_page import Table
 
+_MOST_CLAIMS = 36  # of a table that is still read
+
 
 def results_table(result: ComparisonResult, *, narrow: bool = False) -> Table:
     """A row per arm: what of divergences, losses, size and time there is to say.
@@ -77,25 +79,34 @@ def words_of(plan: Comparison, expectation: Expectation) -> str:
 
 
 def claims_table(result: ComparisonResult) -> Table:
-    """A row per pair of arms, by their mean losses, the lower one first: the difference and whether it is separable."""
+    """A row per pair of arms, in the order of their mean losses: the difference and whether it is separable.
+
+    Of many arms only neighbours in that order are shown.
+    """
     means = {arm.arm: arm.val_loss.mean for arm in result.arms if arm.val_loss is not None}
+    order = {key: place for place, key in enumerate(sorted(means, key=lambda key: means[key]))}
+    is_long = len(result.claims) > _MOST_CLAIMS
     rows = []
     for claim in result.claims:
-        if claim.difference is None:
-            continue
-        ordered = claim if claim.difference >= 0 else _turned(claim)
-        rows.append((means[ordered.first], means[ordered.second], ordered))
+        if claim.difference is not None:
+            turned = claim if order[claim.first] < order[claim.second] else _turned(claim)
+            places = (order[turned.first], order[turned.second])
+            if not is_long or places[1] - places[0] == 1:
+                rows.append((places, turned))
     name = result.plan.name
     cells = [
         (name(c.first), name(c.second), _number(c.difference, "+.4f"), c.interval, str(c.seeds))
-        for _, _, c in sorted(rows, key=lambda row: row[:2])
+        for _, c in sorted(rows, key=lambda row: row[0])
     ]
     note = (
         "Mean loss of the second less that of the first, in nats per token, with the 95 % interval of Student's t, "
         "paired by seed where both have it. Each interval stands alone: of twenty differences that are nothing but "
         "noise, one on average looks separable."
     )
-    return Table(("lower", "higher", "difference", "95 % interval", "seeds"), cells, title="Every pair", note=note)
+    if is_long:
+        note += " results.json has the pairs that are no neighbours."
+    title = "Neighbours by mean loss" if is_long else "Every pair"
+    return Table(("lower", "higher", "difference", "95 % interval", "seeds"), cells, title=title, note=note)
 
 
 def _turned(claim: Claim) -> Claim:
