@@ -24,7 +24,7 @@ TABLE_BITS = (16, 8, 4)
 _WIDTHS = 128 * np.concatenate([np.arange(1, 33), np.arange(34, 65, 2), np.arange(68, 129, 4), np.arange(136, 257, 8)])
 _HIDDEN = (2.0, 7 / 3, 2.5, 8 / 3, 17 / 6, 3.0, 3.5)  # hidden width over width
 _DEPTHS = (0.7, 0.8, 0.9, 1.0, 1.15, 1.3)  # blocks over width / 128
-_LEAST_BLOCKS, _SMALL = 4, 8  # small models (up to 8 · 128 wide) may also be up to three times as deep
+_LEAST_BLOCKS, _SMALL = 4, 384  # models up to this width, as the small presets, may be up to three times as deep
 
 # Bytes of training. Parameters, gradients and AdamW's two averages are float32. What the backward pass keeps was
 # counted with saved-tensor hooks under bfloat16 autocast, nothing recomputed (tests/evaluation/test_plan.py): of a
@@ -48,7 +48,7 @@ class Shapes:
         """Shapes in about the presets' proportions, from 0.6 million to 10^13 parameters, and the presets' own."""
         found = set()
         for width in map(int, _WIDTHS):
-            small = (1.5, 2.0, 3.0) if width <= 128 * _SMALL else ()
+            small = (1.5, 2.0, 3.0) if width <= _SMALL else ()
             depths = {max(_LEAST_BLOCKS, round(width / 128 * share)) for share in (*_DEPTHS, *small)}
             hidden = {round(width * share / 128) * 128 for share in _HIDDEN} | {swiglu_size(width)}
             found |= {(width, h, layers) for h in hidden for layers in depths}

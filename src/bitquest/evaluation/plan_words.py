@@ -77,7 +77,8 @@ def assumptions(plan: Plan) -> list[str]:
         words = ", ".join(f"{name} as {other}" for name, other in taken.items())
         found.append(f"Formats that were not fitted are taken as others: {words}.")
     found += [
-        f"Every model is trained on {request.rule_for_tokens}. Llamas with as many key-value heads as heads; "
+        f"Every model is trained on {request.rule_for_tokens}.",
+        "Llamas in about the presets' proportions, with as many key-value heads as heads.",
         f"{request.vocabulary:,} words; token table and head, which N leaves out, in {request.table_bits} bits "
         "(bf16 in unquantized models), their rounding not in the loss.",
         f"Key-value cache: {request.context:,} positions of {request.cache_bits} bits, one sequence.",
