@@ -187,7 +187,8 @@ def test_several_at_once_are_killed_and_stopped_without_losing_a_step(folder):
 
     def start():
         command = [sys.executable, "-m", "bitquest.cli.app", *words]
-        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        # a process group of its own, to which Ctrl-C is sent as a terminal does
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
     def steps():
         return [(latest_step(run) or {"step": 0})["step"] for run in runs]
@@ -202,10 +203,11 @@ def test_several_at_once_are_killed_and_stopped_without_losing_a_step(folder):
 
     process = start()
     wait_for(lambda: all(now > before for now, before in zip(steps(), saved, strict=True)), process)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 130, err
     assert "Traceback" not in err
+    assert all((folder / "out" / "logs" / f"{run.name}.log").read_text() == "" for run in runs)
     assert "0 of 2 runs are finished" in err
     assert shlex.split(err[err.index("Go on with:") :].splitlines()[1])[:5] == ["bitquest", *words[:4]]
     assert not any(map(is_held, runs))

@@ -59,13 +59,13 @@ class ConsoleDisplay:
         self._bar.update(active.task, completed=step, description="  " + escape(text))
         self._show_all()
         if not self._console.is_terminal and time.monotonic() - self._last_line >= self._interval:
-            self._last_line = time.monotonic()
+            self._last_line, left = time.monotonic(), self._left()
             number = f"run {sum(self._done.values()) + 1} of {self._plan.total_runs()}"
             if len(self._active) > 1:
                 number = (
                     f"{sum(self._done.values())} of {self._plan.total_runs()} runs over, {len(self._active)} under way"
                 )
-            self._say(f"{number}: {text}, step {step} of {self._steps[run.arm]}, {self._left()}")
+            self._say(f"{number}: {text}, step {step} of {self._steps[run.arm]}" + (f", {left}" if left else ""))
 
     def on_result(self, result: RunResult) -> None:
         """A run is finished, was finished before, or has diverged."""
