@@ -32,7 +32,7 @@ _NEW_TOKENS = 256  # what lm-eval's Hugging Face class generates at most where a
 
 
 @register_model("bitquest")
-class BitQuestLM(LM):
+class BitQuestLM(LM):  # type: ignore[misc]
     """A packed model, a run or a Hugging Face Llama folder as lm-eval sees models; float32, one process.
 
     batch_size: contexts computed at once; None or "auto": as many as fill 2048 places. Raises CheckpointError and
