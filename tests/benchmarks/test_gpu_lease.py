@@ -48,6 +48,6 @@ def test_a_dry_run(tmp_path):
     assert json.loads((tmp_path / "out" / "curves.json").read_text())["agree"] is True
     table = (tmp_path / "out" / "table.txt").read_text()
     assert "prefill-w4a4" in table
-    assert "spread of the references" in table
+    assert "difference of the means" in table
     assert table in found.stdout
     assert "collected" in (tmp_path / "out" / "tests.txt").read_text()
