@@ -170,7 +170,7 @@ def test_the_series_is_that_of_the_checkpoints(short, tmp_path):
 
 def test_turned_counts_flips_and_returns():
     """By hand: up, up again, back down, still, dropped by sparsity, picked up."""
-    before = torch.tensor([[-1, 0, 1, 1, 1, 0]], dtype=torch.int8)
+    before = torch.tensor([[-1, 0, 1, 1, 0, 0]], dtype=torch.int8)
     after = torch.tensor([[0, 1, 0, 1, 0, -2]], dtype=torch.int8)
     kept_before = torch.tensor([[True, True, True, True, True, False]])
     kept_after = torch.tensor([[True, True, True, True, False, True]])

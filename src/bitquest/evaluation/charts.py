@@ -51,7 +51,7 @@ def write_charts(charts: Sequence[Chart], folder: Path) -> list[Path]:
 @contextmanager
 def panels(rows: int, columns: int, *, height: float = 2.0, top: float = 0.5, right: float = 0.2) -> Iterator[Any]:
     """(figure, axes[row][column]) in the reports' style; inches: `height` of a panel, `top` above, `right` beside."""
-    left, below, gap_x, gap_y = _LEFT, 0.55, 0.75, 0.78
+    left, below, gap_x, gap_y = _LEFT, 0.55, 0.9, 0.78
     whole = top + rows * height + (rows - 1) * gap_y + below
     width = (figures._WIDTH - left - right - (columns - 1) * gap_x) / columns
     with figures.drawing(whole) as figure:
@@ -69,7 +69,7 @@ def panels(rows: int, columns: int, *, height: float = 2.0, top: float = 0.5, ri
         yield figure, grid
 
 
-_LEFT, _LINE, _GAP = 0.62, 0.3, 0.28  # inches: beside the panels, of a legend's line, between its entries
+_LEFT, _LINE, _GAP = 0.8, 0.3, 0.28  # inches: beside the panels, of a legend's line, between its entries
 
 
 def legend(figure: Any, entries: Mapping[str, tuple[str, str]]) -> None:

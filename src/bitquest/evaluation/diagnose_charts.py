@@ -18,6 +18,8 @@ _READERS = {"q_proj": "q, k, v", "gate_proj": "gate, up"}  # whose input the oth
 _FIGURES = ("alignment", "error", "excess", "masked", "expected_masked", "persistent", "kurtosis", "step", "drift",
             "spread", "flipped", "returned")  # fmt: skip
 
+_WIDEST_LABELS = 2.4  # inches; longer names stand above the panels
+
 # key of a look's summary, title of its panel, whether it is a share
 _SERIES = (
     ("alignment_bottom", "alignment at the bottom block", False),
@@ -60,7 +62,11 @@ def alignment_chart(looks: Mapping[str, Sequence[Look]], styles: Mapping[str, tu
     blocks = max(len(line["output"]) for line in lines.values())
     low = min(points)
     right = figures._text_width([f"{figures._short(name)}  0.000" for name in looks]) + 0.25
-    with panels(1, 2, height=2.9, top=0.42, right=right) as (figure, ((left, beside),)):
+    beside_lines = right < _WIDEST_LABELS and len(looks) <= 8
+    top, right = (0.42, right) if beside_lines else (legend_inches(list(looks)), 0.15)
+    with panels(1, 2, height=2.9, top=top, right=right) as (figure, ((left, beside),)):
+        if not beside_lines:
+            legend(figure, {name: styles[name] for name in looks})
         for axes, part, title in (
             (left, "output", "cosine of ∂L/∂h, h a block's output"),
             (beside, "weights", "cosine of ∂L/∂W of a block"),
@@ -78,7 +84,7 @@ def alignment_chart(looks: Mapping[str, Sequence[Look]], styles: Mapping[str, tu
                     *zip(*xy, strict=True), color=colour, lw=1.7, marker=marker, ms=5, mec=figures._PAPER, mew=0.6
                 )
                 ends.append((CurvePoint(*xy[-1]), f"{figures._short(name)}  {xy[-1][1]:.3f}", colour))
-            if axes is beside:
+            if axes is beside and beside_lines:
                 figures._label_ends(axes, ends)
         rows = [
             (name, number + 1, parts["output"][number], parts["weights"][number])
@@ -240,15 +246,21 @@ def _title(axes: Any, text: str) -> None:
 
 def _ticks(axes: Any, blocks: int, label: Callable[[int], str], first: int = 0) -> None:
     """A tick at every block, or at as many as there is room for."""
-    places = [first + place for place in range(0, blocks, -(-blocks // 12))]
+    places = [first + place for place in range(0, blocks, -(-blocks // 8))]
     axes.set_xticks(places, [label(place) for place in places])
 
 
 def _numbers(axes: Any, share: bool, values: Sequence[float]) -> None:
-    """Limits that leave room around all values, and ticks in per cent for shares."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    """Limits that leave room around all values, per cent for shares, and a logarithmic scale over wide ranges."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     low, high = min(values, default=0.0), max(values, default=1.0)
+    if not share and low > 0 and high > 20 * low:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(low / 1.6, high * 1.6)
+        return
     room = 0.12 * (high - low) or 0.05 * abs(high) or 0.01
     axes.set_ylim(max(low - room, -0.002 if share and low >= 0 else low - room), high + room)
     axes.yaxis.set_major_locator(MaxNLocator(4))
