@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from bitquest.ops.engine import bits_to_mask
 from bitquest.training import load_run, open_tokens, train
 from bitquest.training.build import new_model
 from bitquest.training.checkpoint import list_steps, read_checkpoint
-from bitquest.training.diagnose import Codes, plain, ranked, summary, turned
+from bitquest.training.diagnose import Codes, Diagnosis, plain, ranked, summary, turned
+from bitquest.training.diagnostics import StepClock
 from bitquest.training.loggers import read_metrics
 
 LEARNED = str(
@@ -216,6 +218,25 @@ def test_a_record_is_json_with_numbers_or_null(short, tmp_path):
         f"model.layers.0.{name}" for name in
         ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
     )  # fmt: skip
+
+
+def test_a_look_is_outside_the_timed_steps(short, tmp_path, monkeypatch):
+    seconds = []
+
+    def slow(self, step):
+        time.sleep(0.02)
+        seconds.append(step)
+
+    monkeypatch.setattr(Diagnosis, "look", slow)
+    config, clock = short(diagnose={"every": 2}), StepClock()
+    model, tokens = new_model(config, open_tokens(config.data.path)), open_tokens(config.data.path, "val")
+    diagnosis = Diagnosis(config, model, tokens, "float32", None)
+    for step in range(7):
+        before, began = clock.seconds, time.perf_counter()
+        diagnosis.look_if_due(step, clock)
+        spent, timed = time.perf_counter() - began, clock.seconds - before
+        assert timed < spent - 0.015 or step % 2
+    assert seconds == [0, 2, 4, 6]
 
 
 def test_means_are_over_elements():
