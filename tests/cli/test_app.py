@@ -103,14 +103,16 @@ def test_every_command_is_there_and_in_order(bitquest, capsys, monkeypatch):
     assert places == sorted(places)
 
 
-@pytest.mark.parametrize("name", [*COMMANDS, "data prepare", "data show", "bench train-step"])
+@pytest.mark.parametrize(
+    "name", [*COMMANDS, "data prepare", "data show", "bench train-step", "scaling fit", "scaling plot"]
+)
 def test_every_command_explains_itself_without_torch(name):
     code = f"import sys; from bitquest.cli.app import app; app({name.split()!r} + ['--help'], standalone_mode=False)"
     code += "; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Usage:" in done.stdout
-    assert "--json" in done.stdout or name in ("data", "bench")
+    assert "--json" in done.stdout or name in ("data", "bench", "scaling")
 
 
 def test_unknown_words_are_answered_with_the_nearest(bitquest):

@@ -323,3 +323,12 @@ def test_a_law_of_ones_own_decides():
     assert plan_table(plan, wide=False).rows[0][3] == "–"
     json.dumps(plan.to_json())
     assert make_plan(_request(memory=3e8, measured=Measured({}, "nowhere"))).best.format == "w4a4"
+
+
+def test_a_format_that_cannot_be_packed():
+    law = load_law(None)
+    other = replace(law, efficiencies={**law.efficiencies, "w8a8-4:8": 0.5}, samples=())
+    plan = make_plan(_request(law=other, memory=3e8, formats=("w4a4", "w8a8-4:8")))
+    assert plan.impossible == {"w8a8-4:8": "sparse 8-bit weights have no packed form"}
+    with pytest.raises(ConfigError, match="w8a8-4:8: sparse 8-bit"):
+        make_plan(_request(law=other, memory=3e8, formats=("w8a8-4:8",)))

@@ -21,6 +21,7 @@ from bitquest.evaluation.plan_models import (
     packed_bytes,
     training_bytes,
     training_flops,
+    why_not_packed,
 )
 from bitquest.evaluation.scaling_fitted import FittedLaw, Interval, short_count
 from bitquest.evaluation.scaling_runs import UNQUANTIZED
@@ -175,8 +176,11 @@ class Plan:
 def make_plan(request: Request) -> Plan:
     """The plan of a request. Raises ConfigError if no format can meet it, saying which constraint is why."""
     shapes = Shapes.candidates(request.vocabulary)
-    tried = [_Candidates.of(request, name, shapes) for name in request.formats]
-    found, impossible = [], {}
+    refused = {name: reason for name in request.formats if (reason := why_not_packed(name)) is not None}
+    tried = [_Candidates.of(request, name, shapes) for name in request.formats if name not in refused]
+    if not tried:
+        raise ConfigError("; ".join(f"{name}: {reason}" for name, reason in refused.items()))
+    found, impossible = [], dict(refused)
     for candidates in tried:
         if candidates.allowed.any():
             found.append((candidates.rank(), candidates))

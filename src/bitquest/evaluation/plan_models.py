@@ -122,6 +122,16 @@ def packed_bytes(shapes: Shapes, format_name: str, table_bits: int) -> Weights:
     return Weights(np.asarray(blocks, dtype=np.int64), whole, whole, row)
 
 
+def why_not_packed(format_name: str) -> str | None:
+    """Why a format has no packed form; None where it has one."""
+    one = np.array([128], dtype=np.int64)
+    try:
+        packed_bytes(Shapes(one, one, one, 2), format_name, 16)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
 def cache_bytes(shapes: Shapes, context: int, bits: int) -> Ints:
     """Keys and values of `context` positions."""
     return np.asarray(2 * shapes.layers * shapes.width * context * bits // 8)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bitquest.evaluation import figures
 from bitquest.evaluation.charts import Chart, finished, legend, legend_inches, panels
-from bitquest.evaluation.plan_models import TABLE_BITS, Shapes, packed_bytes
+from bitquest.evaluation.plan_models import TABLE_BITS, Shapes, packed_bytes, why_not_packed
 from bitquest.evaluation.runs import CurvePoint
 from bitquest.evaluation.scaling_fitted import FittedLaw, short_count
 from bitquest.evaluation.scaling_runs import UNQUANTIZED, ScalingRun, pooled
@@ -60,13 +60,9 @@ class Drawn:
 
 
 def scaling_charts(drawn: Drawn, runs: Sequence[ScalingRun] = ()) -> list[Chart]:
-    """All four charts; `runs` are marked in the first one."""
-    return [
-        loss_against_size(drawn, runs),
-        size_at_loss(drawn),
-        efficiency_by_bits(drawn.law),
-        equal_memory(drawn),
-    ]
+    """All four charts (three where no plain family of formats is there); `runs` are marked in the first one."""
+    charts = loss_against_size(drawn, runs), size_at_loss(drawn), efficiency_by_bits(drawn.law), equal_memory(drawn)
+    return [chart for chart in charts if chart is not None]
 
 
 def loss_against_size(drawn: Drawn, runs: Sequence[ScalingRun] = ()) -> Chart:
@@ -76,7 +72,8 @@ def loss_against_size(drawn: Drawn, runs: Sequence[ScalingRun] = ()) -> Chart:
     ratio = drawn.tokens_per_parameter
     shown = [run for run in pooled(runs) if abs(run.tokens / run.parameters / ratio - 1) <= _NEAR]
     rows: list[tuple[Any, ...]] = []
-    with panels(1, 1, height=4.3, top=0.15, right=1.35) as (figure, [[axes]]):
+    right = figures._text_width([figures._short(name) for name in drawn.styles]) + 0.3
+    with panels(1, 1, height=4.3, top=0.15, right=right) as (figure, [[axes]]):
         axes.set_xscale("log")
         ends = []
         for name, (colour, marker) in drawn.styles.items():
@@ -89,7 +86,7 @@ def loss_against_size(drawn: Drawn, runs: Sequence[ScalingRun] = ()) -> Chart:
             x, y = [run.parameters for run in marks], [run.loss for run in marks]
             axes.plot(x, y, marker, color=colour, ms=5.5, mec=figures._PAPER, mew=0.6)
             rows += [("run", name, run.parameters, run.tokens, run.loss) for run in marks]
-            ends.append((CurvePoint(sizes[-1], float(losses[-1])), name, colour))
+            ends.append((CurvePoint(sizes[-1], float(losses[-1])), figures._short(name), colour))
         axes.set_xlim(sizes[0], sizes[-1])
         bottom, top = axes.get_ylim()
         axes.set_ylim(bottom - 0.08 * (top - bottom), top)  # room for the lowest labels
@@ -154,6 +151,8 @@ def efficiency_by_bits(law: FittedLaw) -> Chart:
     """eff(P) per stored bit of a weight, with intervals; lines join formats that differ in width alone."""
     groups: dict[str, list[tuple[float, str]]] = {}
     for name in law.efficiencies:
+        if why_not_packed(name) is not None:
+            continue
         bits = stored_bits(name)
         groups.setdefault(_family(name), []).append((bits, name))
     groups = dict(sorted(groups.items(), key=lambda pair: pair[0] != "unquantized"))
@@ -166,7 +165,7 @@ def efficiency_by_bits(law: FittedLaw) -> Chart:
             colour = figures._INK if members[0][1] == UNQUANTIZED else colour
             styles[family] = (colour, marker)
             members.sort()
-            x = [bits * 2 ** (0.02 * (number - 1)) for bits, _ in members]  # side by side where widths are the same
+            x = [bits * 2 ** (0.012 * (number - 1)) for bits, _ in members]  # side by side where widths are the same
             y = [law.efficiencies[name] / bits for bits, name in members]
             axes.plot(x, y, color=colour, lw=1.5, marker=marker, ms=6, mec=figures._PAPER, mew=0.6)
             for place, (bits, name) in zip(x, members, strict=True):
@@ -192,11 +191,13 @@ def efficiency_by_bits(law: FittedLaw) -> Chart:
         )  # fmt: skip
 
 
-def equal_memory(drawn: Drawn, table_bits: int = 8) -> Chart:
-    """Least loss of each width at fixed packed bytes, in two panels: weights and activations, weights alone."""
+def equal_memory(drawn: Drawn, table_bits: int = 8) -> Chart | None:
+    """Least loss of each width at fixed packed bytes, a panel for each family of formats; None without any."""
     shapes = Shapes.candidates(drawn.vocabulary)
     n = shapes.parameters.astype(float)
-    names = [name for name in drawn.law.efficiencies if _family(name) in _PANELS or name == UNQUANTIZED]
+    families = {_family(name) for name in drawn.law.efficiencies}
+    titles = {family: title for family, title in _PANELS.items() if family in families}
+    names = [name for name in drawn.law.efficiencies if _family(name) in (*titles, "unquantized")]
     low, high = drawn.law.range.parameters
     budgets = _budgets(drawn.vocabulary, low, high)
     rows: list[tuple[Any, ...]] = []
@@ -210,14 +211,17 @@ def equal_memory(drawn: Drawn, table_bits: int = 8) -> Chart:
                 best = fits[np.argmin(losses[fits])]
                 found[name, budget] = float(losses[best]), float(n[best])
                 rows.append((name, stored_bits(name), int(budget), int(n[best]), float(losses[best])))
+    if not titles or not found:
+        return None
+    budgets = [budget for budget in budgets if any((name, budget) in found for name in names)]
     styles = {
         _size(budget): (f"#0102{number % figures.SERIES:02x}", figures._MARKERS[number % 9])
         for number, budget in enumerate(budgets)
     }
     everything = [loss for loss, _ in found.values()]
-    with panels(1, 2, height=3.7, top=legend_inches(list(styles)), right=0.3) as (figure, [line]):
+    with panels(1, len(titles), height=3.7, top=legend_inches(list(styles)), right=0.3) as (figure, [line]):
         legend(figure, styles)
-        for axes, (family, title) in zip(line, _PANELS.items(), strict=True):
+        for axes, (family, title) in zip(line, titles.items(), strict=True):
             members = sorted(
                 (round(stored_bits(name)), name) for name in names if name == UNQUANTIZED or _family(name) == family
             )
@@ -258,7 +262,7 @@ def stored_bits(format_name: str) -> float:
     return round(per_weight, 1)
 
 
-_PANELS = {"WbAb": "weights and activations", "WbA16": "weights alone"}
+_PANELS = {"WbAb": "weights and activations", "WbA16": "weights alone", "WbA8": "weights, 8-bit activations"}
 
 
 def _family(format_name: str) -> str:

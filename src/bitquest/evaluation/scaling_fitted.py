@@ -174,7 +174,7 @@ class FittedLaw:
                 samples=tuple(tuple(map(float, sample)) for sample in fields.get("samples", ())),
                 e_range=(float(fields["E_range"][0]), float(fields["E_range"][1])),
                 held=tuple(fields["held"]),
-                about=fields["about"],
+                about=dict(fields["about"]),
             )
             widths = {len(sample) for sample in law.samples}
             numbers = [*_values(law.law), *law.efficiencies.values(), *(v for s in law.samples for v in s)]

@@ -8,6 +8,7 @@ from bitquest.evaluation import figures
 from bitquest.evaluation import report_page as html
 from bitquest.evaluation.charts import Chart, write_charts
 from bitquest.evaluation.plan import size_text
+from bitquest.evaluation.plan_models import why_not_packed
 from bitquest.evaluation.report import environment
 from bitquest.evaluation.report_page import Table
 from bitquest.evaluation.scaling_charts import Drawn, scaling_charts
@@ -27,7 +28,11 @@ _TITLES = {
 
 def formats_to_draw(law: FittedLaw) -> tuple[str, ...]:
     """The reference and as many rotated formats as there are colours, those with the most runs."""
-    rest = [name for name in law.efficiencies if name != law.reference and "norot" not in name]
+    rest = [
+        name
+        for name in law.efficiencies
+        if name != law.reference and "norot" not in name and why_not_packed(name) is None
+    ]
     chosen = sorted(rest, key=lambda name: -law.runs[name])[: figures.SERIES]
     return (law.reference, *(name for name in law.efficiencies if name in chosen))
 
