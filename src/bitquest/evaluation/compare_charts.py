@@ -109,12 +109,11 @@ def rates_chart(result: ComparisonResult) -> Chart | None:
             best = [(rate, loss) for rate, loss in shown if rate == arm.rate]
             axes.plot(*_columns(best), "o", ms=11, mfc="none", mec=colour, mew=1.3)
             # diverged runs stand side by side above the frame's other marks
-            shift = 1 + 0.035 * (number - (len(result.arms) - 1) / 2)
+            shift = (rates[-1] / rates[0]) ** (0.045 * (number - (len(result.arms) - 1) / 2))
             axes.plot([rate * shift for rate in gone], [top] * len(gone), "x", color=colour, ms=6, mew=1.6)
             if shown:
-                ends.append(
-                    (CurvePoint(shown[-1][0], shown[-1][1]), f"{figures._short(arm.name)}  {shown[-1][1]:.3f}", colour)  # type: ignore[arg-type]
-                )
+                text = figures._short(arm.name) + (f"  {best[0][1]:.3f}" if best else "")
+                ends.append((CurvePoint(*shown[-1]), text, colour))  # type: ignore[arg-type]  # a rate, not a step
         axes.xaxis.set_major_locator(FixedLocator(rates))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -122,7 +121,7 @@ def rates_chart(result: ComparisonResult) -> Chart | None:
         axes.set_ylabel("validation loss, nats per token")
         figures._label_ends(axes, ends)
         caption = (
-            f"Seed {seed}, which chooses each arm's rate (ringed). "
+            f"Seed {seed}, which chooses each arm's rate (ringed; its loss stands beside the name). "
             "A cross at the top: diverged, or so far above that it would not fit."
         )
         columns = ("arm", "scheme", "rate", "status", "validation_loss", "chosen")
