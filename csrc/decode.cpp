@@ -348,3 +348,34 @@ int32_t bq_attend(const float *q, const float *keys, const float *values, int64_
     kernels().attend(q, keys, values, seen, head_size, 1.0f / std::sqrt(static_cast<float>(head_size)), scores, out);
     return BQ_OK;
 }
+
+int32_t bq_attend_rows(const float *q, int64_t q_head_stride, int64_t q_row_stride, int64_t heads, int64_t rows,
+                       const float *keys, const float *values, int64_t head_stride, int64_t kv_heads, int64_t first,
+                       int64_t head_size, float *out, int32_t threads) {
+    if (*bq_isa() == '\0') return BQ_NO_ISA;
+    if (heads < 1 || kv_heads < 1 || heads % kv_heads != 0 || rows < 0 || first < 0 || head_size < 1) return BQ_BAD_ARGUMENT;
+    if (head_stride < (first + rows) * head_size) return BQ_BAD_ARGUMENT;
+    if (rows == 0) return BQ_OK;
+    if (q == nullptr || keys == nullptr || values == nullptr || out == nullptr) return BQ_BAD_ARGUMENT;
+    const DecodingKernels &kernel = kernels();
+    const float scale = 1.0f / std::sqrt(static_cast<float>(head_size));
+    const size_t bytes = static_cast<size_t>(round_up(first + rows, 16)) * sizeof(float);
+    bool failed = false;  // set by any thread, never cleared
+    // A head's keys and values stay in the cache while its rows go by.
+    auto share = [&](int64_t begin, int64_t end, int) {
+        auto *scores = static_cast<float *>(scratch(0, bytes));
+        if (scores == nullptr) {
+            __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
+            return;
+        }
+        for (int64_t h = begin; h < end; ++h) {
+            const int64_t at = h / (heads / kv_heads) * head_stride;
+            for (int64_t t = 0; t < rows; ++t) {
+                kernel.attend(q + h * q_head_stride + t * q_row_stride, keys + at, values + at, first + t + 1, head_size,
+                              scale, scores, out + (t * heads + h) * head_size);
+            }
+        }
+    };
+    parallel_for(threads > 0 ? threads : default_threads(), heads, 1, share);
+    return failed ? BQ_NO_MEMORY : BQ_OK;
+}

@@ -287,6 +287,12 @@ BQ_API int32_t bq_dense_vector(const bq_layer *layer, const float *x, float *out
 BQ_API int32_t bq_attend(const float *q, const float *keys, const float *values, int64_t seen, int64_t head_size,
                          float *scores, float *out);
 
+/* Causal attention of a prompt: row t of the new ones sees the positions 0 to first + t, as `bq_decode_token` does it.
+ * q (H, T, C) by its strides, channels dense; keys and values (H_kv, S, C) by head_stride, S >= first + T; out (T, H, C). */
+BQ_API int32_t bq_attend_rows(const float *q, int64_t q_head_stride, int64_t q_row_stride, int64_t heads, int64_t rows,
+                              const float *keys, const float *values, int64_t head_stride, int64_t kv_heads,
+                              int64_t first, int64_t head_size, float *out, int32_t threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bitquest.errors import DataError
 from bitquest.models import Llama, Tokenizer
+from bitquest.models.llama import masked_attention
 
 Progress = Callable[[int, int], None]
 PAD_TO = 32
@@ -131,6 +132,9 @@ class _SideBySide:
 
     def append(self, layer: int, k_BHTC: Tensor, v_BHTC: Tensor) -> tuple[Tensor, Tensor]:
         return k_BHTC, v_BHTC
+
+    def attend(self, q_BHTC: Tensor, k_BHSC: Tensor, v_BHSC: Tensor) -> Tensor:
+        return masked_attention(q_BHTC, k_BHSC, v_BHSC, self.mask_TS)
 
     def advance(self, tokens: int) -> None:
         """Nothing to count."""

@@ -114,7 +114,8 @@ def explain(
     lockstep = Lockstep(trained, packed)
     device = next(trained.buffers()).device
     positions = len(prompt) + len(common)
-    caches = tuple(KVCache(trained.config, positions=positions, device=device) for _ in range(3))
+    natively = (False, False, way == "native")  # as generate attends to the prompt
+    caches = tuple(KVCache(trained.config, positions=positions, device=device, native=free) for free in natively)
     decoder = NativeDecoder(packed, caches[2]) if way == "native" else None
     forced = torch.empty(0)
     for chunk in (prompt, *([token] for token in common)):

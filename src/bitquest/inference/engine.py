@@ -82,8 +82,9 @@ def _generate(
     generator = torch.Generator().manual_seed(options.seed)
     budget = min(max_new_tokens, context - len(prompt_ids) + 1)  # the last token needs no position: nothing follows it
     positions, dtype = len(prompt_ids) + budget - 1, model.model.norm.weight.dtype
-    cache = KVCache(model.config, positions=positions, dtype=dtype, device=device)
-    decoder = _decoder(model, cache, native) if budget > 1 else None
+    way = decoding_of(model) if native else "layers"
+    cache = KVCache(model.config, positions=positions, dtype=dtype, device=device, native=way == "native")
+    decoder = _decoder(model, cache, way) if budget > 1 else None
     token, fresh, started = -1, torch.tensor([prompt_ids], device=device), time.perf_counter()
     for number in range(budget):
         if number == 0 or decoder is None:
@@ -114,12 +115,11 @@ def decoding_of(model: Llama) -> str:
     return "native" if NativeDecoder.refuses(model) is None else "layers"
 
 
-def _decoder(model: Llama, cache: KVCache, native: bool) -> StaticDecoder | NativeDecoder | None:
+def _decoder(model: Llama, cache: KVCache, way: str) -> StaticDecoder | NativeDecoder | None:
     """What decodes faster than the model's own forward, if anything does."""
-    way = decoding_of(model) if native else "layers"
     if way == "graph":
         return StaticDecoder(model, cache)
-    return NativeDecoder(model, cache) if way == "native" and NativeDecoder.refuses(model, cache) is None else None
+    return NativeDecoder(model, cache) if way == "native" else None
 
 
 class TextEngine:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from bitquest.errors import DataError
 from bitquest.models.config import LlamaConfig
+from bitquest.models.llama import masked_attention
+from bitquest.ops import native_decoder
 
 
 class KVCache:
@@ -17,6 +19,9 @@ class KVCache:
 
     The model begins with `begin`, asks for one layer after the other with `append`, then counts the tokens with
     `advance`. Raises DataError when more tokens come than were reserved.
+
+    native: prompts attend in the compiled CPU engine, to the bit as its decoding does; for one stream of float32 on the
+    CPU, without gradients.
     """
 
     def __init__(
@@ -26,7 +31,9 @@ class KVCache:
         positions: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        native: bool = False,
     ) -> None:
+        self.native = native
         self.positions = min(positions or config.max_position_embeddings, config.max_position_embeddings)
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, self.positions, config.head_size)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
@@ -55,6 +62,12 @@ class KVCache:
         self.keys[layer, :, :, self.length : end] = k_BHTC
         self.values[layer, :, :, self.length : end] = v_BHTC
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def attend(self, q_BHTC: Tensor, k_BHSC: Tensor, v_BHSC: Tensor) -> Tensor:
+        """Attention (B, H, T, C) of the new tokens over everything so far."""
+        if self.native and q_BHTC.shape[2] > 1:
+            return native_decoder.attend_rows(q_BHTC[0], k_BHSC[0], v_BHSC[0]).unsqueeze(0)
+        return masked_attention(q_BHTC, k_BHSC, v_BHSC, self.mask_TS)
 
     def advance(self, tokens: int) -> None:
         """Count tokens that every layer has stored."""
@@ -99,6 +112,9 @@ class WindowView:
         keys.index_copy_(2, self.position, k_BHTC.to(keys.dtype))
         values.index_copy_(2, self.position, v_BHTC.to(values.dtype))
         return keys[:, :, : self.window], values[:, :, : self.window]
+
+    def attend(self, q_BHTC: Tensor, k_BHSC: Tensor, v_BHSC: Tensor) -> Tensor:
+        return masked_attention(q_BHTC, k_BHSC, v_BHSC, self.mask_TS)
 
     def advance(self, tokens: int) -> None:
         """The host counts (`StaticDecoder`): a replayed graph runs no Python."""

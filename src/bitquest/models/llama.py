@@ -32,6 +32,9 @@ class Cache(Protocol):
     def append(self, layer: int, k_BHTC: Tensor, v_BHTC: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new keys and values of a layer; all of them so far come back."""
 
+    def attend(self, q_BHTC: Tensor, k_BHSC: Tensor, v_BHSC: Tensor) -> Tensor:
+        """Attention (B, H, T, C) of the new tokens over what `append` gave: `masked_attention`, or its equal."""
+
     def advance(self, tokens: int) -> None:
         """Count tokens once all layers have stored them."""
 
@@ -65,6 +68,12 @@ def apply_rope(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
     return (x_BHTC * cos_TC + turned * sin_TC).to(x_BHTC.dtype)
 
 
+def masked_attention(q_BHTC: Tensor, k_BHSC: Tensor, v_BHSC: Tensor, mask_TS: Tensor | None) -> Tensor:
+    """softmax(q kᵀ / √C) v (B, H, T, C) where the mask is True; keys and values of fewer heads serve several each."""
+    grouped = q_BHTC.shape[1] != k_BHSC.shape[1]
+    return F.scaled_dot_product_attention(q_BHTC, k_BHSC, v_BHSC, attn_mask=mask_TS, enable_gqa=grouped)
+
+
 class Attention(nn.Module):
     """Grouped-query attention. q, k and v read one tensor, so that quantized layers share its quantization."""
 
@@ -90,13 +99,12 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_BHTC, k_BHTC = self.q_norm(q_BHTC), self.k_norm(k_BHTC)
         q_BHTC, k_BHTC = apply_rope(q_BHTC, cos_TC, sin_TC), apply_rope(k_BHTC, cos_TC, sin_TC)
-        grouped = self.h != self.h_kv
         if cache is None:
+            grouped = self.h != self.h_kv
             y_BHTC = F.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTC, is_causal=True, enable_gqa=grouped)
         else:
             k_BHTC, v_BHTC = (t.to(q_BHTC.dtype) for t in cache.append(self.layer, k_BHTC, v_BHTC))
-            mask_TS = cache.mask_TS
-            y_BHTC = F.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTC, attn_mask=mask_TS, enable_gqa=grouped)
+            y_BHTC = cache.attend(q_BHTC, k_BHTC, v_BHTC)
         y_BTD = y_BHTC.transpose(1, 2).reshape(b, t, self.h * self.c)
         return cast(Tensor, self.o_proj(y_BTD if self.o_norm is None else self.o_norm(y_BTD)))
 

@@ -96,6 +96,10 @@ _SIGNATURES = {
     "bq_decoder_bytes": [POINTER(CDecoder), POINTER(c_int64)],
     "bq_decode_token": [POINTER(CDecoder), c_int64, c_int64, c_void_p],
     "bq_dense_vector": [POINTER(CLayer), c_void_p, c_void_p, c_int32],
+    "bq_attend_rows": [
+        *(c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p),
+        *(c_int64, c_int64, c_int64, c_int64, c_void_p, c_int32),
+    ],
     "bq_attend": [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p],
 }
 
@@ -350,3 +354,26 @@ def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     code = library().bq_attend(*[t.data_ptr() for t in held[:3]], seen, size, *[t.data_ptr() for t in held[3:]])
     native.done(code, "attention")
     return out
+
+
+def attend_rows(q_HTC: Tensor, keys_GSC: Tensor, values_GSC: Tensor) -> Tensor:
+    """Causal attention (H, T, C) of a prompt's last T positions over all S, float32, as `Decoder.step` attends.
+
+    Head h reads keys and values h·G/H. keys and values may be views of a longer cache, alike, rows dense.
+    """
+    (heads, rows, size), (kv_heads, seen, _) = q_HTC.shape, keys_GSC.shape
+    alike = (
+        keys_GSC.shape == values_GSC.shape and keys_GSC.stride() == values_GSC.stride() and keys_GSC.shape[2] == size
+    )
+    dense = q_HTC.stride(2) == keys_GSC.stride(2) == 1 and keys_GSC.stride(1) == size
+    floats = all(t.is_cpu and t.dtype == torch.float32 for t in (q_HTC, keys_GSC, values_GSC))
+    if not (alike and dense and floats and rows <= seen):
+        raise ConfigError(f"native engine: no attention of {tuple(q_HTC.shape)} over {tuple(keys_GSC.shape)}")
+    out_THC = torch.empty(rows, heads, size, dtype=torch.float32)
+    code = library().bq_attend_rows(
+        *(q_HTC.data_ptr(), q_HTC.stride(0), q_HTC.stride(1), heads, rows),
+        *(keys_GSC.data_ptr(), values_GSC.data_ptr(), keys_GSC.stride(0), kv_heads),
+        *(seen - rows, size, out_THC.data_ptr(), torch.get_num_threads()),
+    )
+    native.done(code, f"attention of {tuple(q_HTC.shape)} over {tuple(keys_GSC.shape)}")
+    return out_THC.transpose(0, 1)

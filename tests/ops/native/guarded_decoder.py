@@ -76,6 +76,8 @@ def main() -> None:
             print("attend", guarded.at_end, seen, size, flush=True)
             native_decoder.attend(floats(size), floats(seen, size), floats(seen, size))
             release()
+            native_decoder.attend_rows(floats(2, seen, size), floats(1, seen, size), floats(1, seen, size))
+            release()
         for bits, x_bits in ((1, 1), (4, 4), (1, 8), (4, None)):
             for shape in ((2, 1, 6, 10, 14), (3, 3, 2, 6, 34)):
                 print("steps", guarded.at_end, bits, x_bits, shape, flush=True)

@@ -71,6 +71,33 @@ def test_attention_ignores_what_is_out_of_reach_and_hands_on_nan(isa: str) -> No
     assert native_decoder.attend(q, keys, values).isnan().all()
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "rows", "first", "size"), [(1, 1, 1, 0, 6), (4, 2, 19, 0, 32), (6, 2, 5, 17, 34)]
+)
+def test_a_prompt_attends_as_its_tokens_do_one_by_one(
+    isa: str, heads: int, kv_heads: int, rows: int, first: int, size: int
+) -> None:
+    q = torch.randn(rows, heads, size).transpose(0, 1)
+    memory = torch.randn(2, kv_heads, first + rows + 3, size)  # a cache with room to spare
+    keys, values = memory[:, :, : first + rows]
+    made, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            made.append(native_decoder.attend_rows(q, keys, values))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*made)
+    for h in range(heads):
+        own = h * kv_heads // heads
+        for t in range(rows):
+            seen = first + t + 1
+            alone = native_decoder.attend(q[h, t], keys[own, :seen], values[own, :seen])
+            assert torch.equal(made[0][h, t], alone)
+    with pytest.raises(ConfigError, match="no attention of"):
+        native_decoder.attend_rows(q.double(), keys, values)
+
+
 @pytest.mark.parametrize("scheme", ["w1a1", "w4a8-h8", "w1a16-h4"])
 def test_steps_equal_the_models(isa: str, scheme: str) -> None:
     config = LlamaConfig.preset("1M", vocab_size=61, max_position_embeddings=12, num_hidden_layers=2, qk_norm=True)
