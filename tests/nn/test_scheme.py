@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitquest.errors import ConfigError
@@ -120,6 +120,7 @@ rotations = st.sampled_from([NoRotation(), BlockHadamard(), BlockHadamard(64)])
 schemes = st.builds(Scheme, st.none() | weights, st.none() | activations, rotations, st.none() | activations)
 
 
+@settings(deadline=None)  # a codebook that a name stands for is computed once
 @given(schemes)
 def test_any_scheme_round_trips(scheme: Scheme) -> None:
     assert Scheme.parse(str(scheme)) == scheme

@@ -201,6 +201,12 @@ def default_estimator(grid: Grid, rotation: Rotation) -> Estimator:
     return Trust()
 
 
+def _is_grid_of(format_name: str, grid: CodebookGrid) -> bool:
+    """Whether a format has this grid; by their names first, since computing a codebook takes a while."""
+    alike = grid.name.startswith(format_name) or format_name.endswith(grid.name)
+    return alike and FORMATS[format_name].weight(grid.bits).grid == grid
+
+
 @lru_cache(maxsize=1024)
 def _short_name(scheme: Scheme) -> str | None:
     """The canonical short name: the first one, with the fewest parts, that parses back to this very scheme."""
@@ -215,9 +221,8 @@ def _short_name(scheme: Scheme) -> str | None:
     sparsities = [f"-{name}" for name, pattern in _SPARSITIES.items() if specs and pattern == specs[0].sparsity]
     norot = "-norot" if isinstance(scheme.rotation, NoRotation) else ""
     tables = [f"-{name}" for name, b in _TABLE_BITS.items() if scheme.head is not None and scheme.head.bits == b]
-    # Computing a codebook takes time: only a codebook can be a format.
-    grids = [(spec.grid, spec.bits) for spec in specs if isinstance(spec.grid, CodebookGrid)]
-    formats = [name for name, made in FORMATS.items() if any(made.weight(b).grid == grid for grid, b in grids)]
+    grids = {spec.grid for spec in specs if isinstance(spec.grid, CodebookGrid)}
+    formats = [name for name in FORMATS if any(_is_grid_of(name, grid) for grid in grids)]
     axes = [["", *(f"-{name}" for name in names)] for names in ((*_ESTIMATORS, *METHODS), formats, _GRANULARITIES)]
     candidates = sorted(product(*axes), key=lambda parts: sum(map(bool, parts))) if specs else [("", "", "")]
     for how, format_name, shared in candidates:
