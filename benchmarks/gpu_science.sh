@@ -115,23 +115,20 @@ compare() {
 
 tiny=()
 [ -n "$dry" ] && tiny=(--set "train.batch_size=2" --set "data.context=16" --set "train.device=cpu" --set "train.threads=1"
-  --set "evaluate.batches=1" --jobs 2)
+  --set "evaluate.batches=1" --rates 2e-3 --seeds 0 --jobs 2)
 mkdir -p "$work/$part"
 
 case $part in
   orderings)
-    for steps in ${dry:+2} ${dry:-500 2000 8000}; do
-      [ -n "$dry" ] && steps=2
-      for size in ${dry:-3M 10M}; do
-        [ -n "$dry" ] && size=1M
-        compare "$size-$steps" configs/science/orderings.toml --set "model.preset=$size" --set "train.steps=$steps" "${tiny[@]}"
-        [ -n "$dry" ] && break 2
-      done
+    if [ -n "$dry" ]; then series="1M:2" tiny+=(--schemes "QuEST W4A4,BitNet b1.58"); else series="3M:500 10M:500 3M:2000 10M:2000 3M:8000 10M:8000"; fi
+    for run in $series; do
+      compare "${run%:*}-${run#*:}" configs/science/orderings.toml --set "model.preset=${run%:*}" \
+        --set "train.steps=${run#*:}" "${tiny[@]}"
     done
     ;;
   scaling)
     # Tokens: 100 a parameter, at most four passes over 97 M; 64 × 512 = 32,768 a step.
-    if [ -n "$dry" ]; then series="1M:2 3M:2 10M:2"; else series="1M:1000 1M:3000 3M:3000 3M:9000 10M:3000 10M:11800"; fi
+    if [ -n "$dry" ]; then series="1M:2 1M:6 3M:2 3M:6" tiny+=(--schemes none,w1a1); else series="1M:1000 1M:3000 3M:3000 3M:9000 10M:3000 10M:11800"; fi
     for run in $series; do
       compare "${run%:*}-${run#*:}" configs/science/scaling.toml --set "model.preset=${run%:*}" \
         --set "train.steps=${run#*:}" "${tiny[@]}"
@@ -142,7 +139,8 @@ case $part in
     fi
     ;;
   tournament)
-    compare recipes configs/science/tournament.toml "${tiny[@]}" ${dry:+--set train.steps=2}
+    [ -n "$dry" ] && tiny+=(--set train.steps=2 --schemes "W1A1 quest,W1A1 muon")
+    compare recipes configs/science/tournament.toml "${tiny[@]}"
     ;;
 esac
 
