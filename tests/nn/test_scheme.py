@@ -31,6 +31,8 @@ NAMES = [
     *("w4a4-fp4", "w2a2-ternary", "w4a16-fp4", "w16a4-fp4", "w4a4-2:4", "w4a4-4:8", "w1a1-2:4-g64-norot-ste-h8"),
     *("w2a8-g64-h8", "w4a4-h4", "w1a1-norot", "w1a1-norot-ste", "w1a1-ste", "w1a1-clip", "w4a4-clip", "w16a16-h8"),
     *("w1a8-g128-norot", "w16a16-norot-h4", "w4a4-fp4-4:8-g32-norot-clip-h4"),
+    *("w2a2-tensor-norot-lsq", "w4a8-lsq+", "w1a1-norot-pact", "w2a2-ternary-norot-paretoq", "w2a8-norot-bitnet-h8"),
+    *("w4a4-mxfp4-norot-ste", "w4a4-nvfp4-2:4", "w8a8-fp8", "w3a3-lloyd-g64", "w4a4-fp4-g32-norot-lsq"),
 ]
 
 
