@@ -9,24 +9,16 @@ import sys
 import time
 
 import pytest
+from compare_cases import MODEL_AND_DATA
 
 import bitquest.cli.app as app
 from bitquest.evaluation import compare_workers
 from bitquest.evaluation.compare_runs import is_held, latest_step
 from bitquest.training import prepare
 
-CONFIG = """
-[model]
-hidden_size = 32
-intermediate_size = 64
-num_hidden_layers = 1
-num_attention_heads = 2
-num_key_value_heads = 2
-
-[data]
-path = "data"
-context = 16
-
+CONFIG = (
+    MODEL_AND_DATA.format(data="data")
+    + """
 [train]
 steps = 3
 batch_size = 2
@@ -43,6 +35,7 @@ every = 1
 schemes = ["none", "w1a1"]
 seeds = [0, 1]
 """
+)
 
 
 @pytest.fixture

@@ -3,10 +3,10 @@
 import csv
 import json
 import math
-import random
 import statistics
 
 import pytest
+from compare_cases import MODEL_AND_DATA, prepare_words
 
 from bitquest.errors import ConfigError, DataError, MissingExtraError
 from bitquest.evaluation.compare import compare
@@ -20,18 +20,9 @@ from bitquest.nn import Scheme
 from bitquest.training import TrainConfig, prepare
 from bitquest.training.data import Tokens
 
-CONFIG = """
-[model]
-hidden_size = 32
-intermediate_size = 64
-num_hidden_layers = 1
-num_attention_heads = 2
-num_key_value_heads = 2
-
-[data]
-path = "{data}"
-context = 16
-
+CONFIG = (
+    MODEL_AND_DATA
+    + """
 [optimizer]
 lr = 0.01
 
@@ -52,15 +43,12 @@ seeds = [0, 1]
 names = ["unquantized", "W1A1"]
 expect = ["none<=w1a1"]
 """
+)
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    rng = random.Random(0)
-    (folder / "text.txt").write_text("".join(" ".join(rng.choices(["one", "two", "six"], k=9)) for _ in range(300)))
-    prepare([folder / "text.txt"], "byte", folder / "data", val_fraction=0.2)
-    return folder / "data"
+    return prepare_words(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import json
 import random
 
 import pytest
+from compare_cases import MODEL_AND_DATA, prepare_words
 
 from bitquest.errors import ConfigError
 from bitquest.evaluation.compare import compare
@@ -13,20 +14,11 @@ from bitquest.evaluation.compare_plan import Arm, Comparison, Run
 from bitquest.evaluation.compare_results import best_rates, summarize
 from bitquest.evaluation.compare_runs import RunResult, ended_above
 from bitquest.evaluation.compare_tables import results_table
-from bitquest.training import TrainConfig, prepare
+from bitquest.training import TrainConfig
 
-CONFIG = """
-[model]
-hidden_size = 32
-intermediate_size = 64
-num_hidden_layers = 1
-num_attention_heads = 2
-num_key_value_heads = 2
-
-[data]
-path = "{data}"
-context = 16
-
+CONFIG = (
+    MODEL_AND_DATA
+    + """
 [train]
 steps = 3
 batch_size = 2
@@ -51,15 +43,12 @@ name = "Light W1A1"
 scheme = "w1a1-norot-ste"
 set = ["optimizer.weight_decay=0.01", "optimizer.clip=0"]
 """
+)
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    rng = random.Random(0)
-    (folder / "text.txt").write_text("".join(" ".join(rng.choices(["one", "two", "six"], k=9)) for _ in range(300)))
-    prepare([folder / "text.txt"], "byte", folder / "data", val_fraction=0.2)
-    return folder / "data"
+    return prepare_words(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import sys
 from contextlib import suppress
 
 import pytest
+from compare_cases import MODEL_AND_DATA, prepare_words
 
 from bitquest.evaluation import compare_workers
 from bitquest.evaluation.compare import compare, jobs_of
@@ -13,21 +14,11 @@ from bitquest.evaluation.compare_file import load_comparison
 from bitquest.evaluation.compare_plan import Run
 from bitquest.evaluation.compare_runs import is_held
 from bitquest.evaluation.compare_workers import Pool
-from bitquest.training import prepare
 from bitquest.training.runs import claimed
 
-CONFIG = """
-[model]
-hidden_size = 32
-intermediate_size = 64
-num_hidden_layers = 1
-num_attention_heads = 2
-num_key_value_heads = 2
-
-[data]
-path = "{data}"
-context = 16
-
+CONFIG = (
+    MODEL_AND_DATA
+    + """
 [train]
 steps = 3
 batch_size = 2
@@ -45,15 +36,14 @@ schemes = ["none", "w1a1"]
 seeds = [0]
 jobs = 2
 """
+)
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    (folder / "text.txt").write_text("one and two and three are six.\n" * 300)
-    prepare([folder / "text.txt"], "byte", folder / "data", val_fraction=0.2)
-    path = folder / "small.toml"
-    path.write_text(CONFIG.format(data=folder / "data"))
+    data = prepare_words(tmp_path_factory.mktemp("text"))
+    path = data.parent / "small.toml"
+    path.write_text(CONFIG.format(data=data))
     return path
 
 
