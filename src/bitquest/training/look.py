@@ -4,7 +4,7 @@
                          weights of the block's linear layers. The unquantized gradient is that of the very same
                          parameters on the same batch with quantization off (nn/unquantized.py), so it sees neither
                          rounding in the forward pass nor masks in the backward pass. arXiv 2502.05003 shows this
-                         cosine block by block, from the top, where the backward pass begins, down (the results in METHOD).
+                         cosine block by block, from the top, where the backward pass begins, down (METHOD, results).
     masked               share of an operand's elements whose gradient the estimator masks (M = 0), and by the Gaussian
                          share expected of it
     error                ‖x_q − x_h‖²/‖x_h‖² of an operand, and how many times the least that its grid can do for a
