@@ -38,8 +38,9 @@ def arms_chart(result: ComparisonResult) -> Chart | None:
         0.085 * max(map(len, notes)) + 0.2,
     )
     with _wide(0.82 + 0.36 * len(result.arms), left, right) as (figure, axes):
-        # an interval may be much wider than all losses (two seeds: t = 12.7); it is then cut off at the frame
-        axes.set_xlim(low - 0.35 * room, high + 0.35 * room)
+        # an interval may be much wider than all losses (two seeds: t = 12.7); arrows then say that it goes on
+        first, last = low - 0.35 * room, high + 0.35 * room
+        axes.set_xlim(first, last)
         for row, arm in enumerate(result.arms):
             colour, marker = styles[arm.arm]
             axes.annotate(
@@ -51,12 +52,18 @@ def arms_chart(result: ComparisonResult) -> Chart | None:
             mean, half = arm.val_loss.mean, halves[arm.arm]
             if half is not None:
                 axes.plot([mean - half, mean + half], [row, row], color=colour, lw=1.8, solid_capstyle="butt")
+                cut = [("<", first)] * (mean - half < first) + [(">", last)] * (mean + half > last)
+                for arrow, end in cut:
+                    axes.plot([end], [row], arrow, color=colour, ms=7, clip_on=False, zorder=5)
             axes.plot(losses[arm.arm], [row] * len(losses[arm.arm]), "|", color=colour, ms=11, mew=1.1, alpha=0.75)
             axes.plot([mean], [row], marker, color=colour, ms=7.5, mec=figures._PAPER, mew=0.8)
         axes.set_yticks(range(len(result.arms)), [figures._short(arm.name) for arm in result.arms], color=figures._INK)
         axes.set_ylim(len(result.arms) - 0.45, -0.55)
-        axes.set_xlabel("final validation loss, nats per token")
-        caption = "Marks: means. Upright strokes: seeds. Lines: 95 % intervals of the means (Student's t)."
+        axes.set_xlabel("final validation loss, nats per token; line: 95 % interval of the mean")
+        caption = (
+            "Marks: means. Upright strokes: seeds. Lines: 95 % intervals of the means (Student's t), "
+            "with an arrow where they go on."
+        )
         columns = ("arm", "scheme", "rate", "seeds", "mean", "half_interval", "diverged", "unstable")
         rows = [
             (a.name, a.scheme, a.rate, len(losses[a.arm]), a.val_loss and a.val_loss.mean, halves[a.arm], a.diverged,
