@@ -6,7 +6,10 @@ import math
 
 import pytest
 
+from bitquest.evaluation.scaling_charts import Drawn, on_some_front, rotated
+from bitquest.evaluation.scaling_fitted import load_law
 from bitquest.evaluation.scaling_law import ScalingLaw
+from bitquest.evaluation.scaling_report import formats_to_draw
 
 LAW = ScalingLaw(160.0, 0.2, 86.0, 0.24, 1.5)
 
@@ -71,7 +74,22 @@ def test_fit_then_plot_then_plan(bitquest, runs, tmp_path):
 def test_plot_without_anything_draws_the_papers_law(bitquest, tmp_path):
     _, said = bitquest("scaling", "plot", "--out", tmp_path / "p", "--formats", "bf16,w4a4")
     assert "and 8 PNG and CSV files" in said
-    assert "quest_paper_runs.csv" in (tmp_path / "p/scaling.html").read_text(encoding="utf-8")
+    page = (tmp_path / "p/scaling.html").read_text(encoding="utf-8")
+    assert "quest_paper_runs.csv" in page
+    left_out = "w1a1, w2a2, w3a3, w8a8, w4a4-fp4, w4a4-4:8, w1a16, w2a16, w3a16, w4a16"
+    assert set(said.partition("draws them): ")[2].partition(".")[0].split(", ")) == set(left_out.split(", "))
+    assert page.count("Not drawn, but in the CSV") == 2
+    for name in ("loss-against-size", "size-at-loss"):
+        rows = list(csv.DictReader((tmp_path / f"p/{name}.csv").read_text().splitlines()))
+        assert {row["format"] for row in rows} == {"bf16", "w4a4", *left_out.split(", ")}
+
+
+def test_what_is_drawn_of_more_formats_than_there_are_colours():
+    law = load_law(None)
+    chosen = formats_to_draw(law)
+    front = on_some_front(Drawn(law, rotated(law), 100.0))
+    assert len(chosen) == 10
+    assert {"bf16", "w8a8", "w4a16"} | front <= set(chosen)
 
 
 def test_held_constants_and_formats(bitquest, runs):

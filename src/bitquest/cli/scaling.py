@@ -83,7 +83,7 @@ def plot(
     out: Annotated[Path, typer.Option(help="Folder for the page, the PNG and the CSV files.")] = Path("scaling"),
     law: Annotated[Path | None, typer.Option(help=_LAW)] = None,
     formats: Annotated[
-        str | None, typer.Option(help="Which to draw, comma-separated.", show_default="rotated ones with most runs")
+        str | None, typer.Option(help="Which to draw, comma-separated.", show_default="rotated ones, the front first")
     ] = None,
     tokens_per_parameter: Annotated[float, typer.Option(min=0.01, help="Training tokens of the lines.")] = 100.0,
     vocabulary: Annotated[int, typer.Option(min=2, max=10_000_000, help="Words of token table and head.")] = 32_000,
@@ -108,7 +108,11 @@ def plot(
         fitted = fit_law(found.runs, about=", ".join(path.name or str(path) for path in runs or []))
     else:
         fitted = load_law(law)
-    chosen = formats_to_draw(fitted) if formats is None else _named(formats, tuple(fitted.efficiencies))
+    chosen = (
+        formats_to_draw(fitted, tokens_per_parameter, vocabulary)
+        if formats is None
+        else _named(formats, tuple(fitted.efficiencies))
+    )
     if len(chosen) > SERIES + 1:
         raise ConfigError(f"--formats {formats}: at most {SERIES + 1} can be told apart in a chart")
     drawn = Drawn(fitted, chosen, tokens_per_parameter, vocabulary)
@@ -117,6 +121,8 @@ def plot(
         written = write_scaling_report(out, drawn, found.runs, commands=[again])
     if json:
         print_json_object("scaling plot", {"written": [str(path) for path in written], "formats": chosen})
+    if drawn.left_out:
+        _say(drawn.left_out)
     _say(f"Written: {written[0]}, and {len(written) - 1} PNG and CSV files beside it")
 
 

@@ -46,6 +46,17 @@ class Drawn:
                 number += 1
         return styles
 
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """The drawn formats, then the law's rotated ones that are not: CSV files and the front have all of these."""
+        return tuple(dict.fromkeys((*self.formats, *rotated(self.law))))
+
+    @property
+    def left_out(self) -> str:
+        """A sentence that names what is counted and not drawn; empty where there is none."""
+        names = self.counted[len(self.formats) :]
+        return f"Not drawn, but in the CSV and the front (--formats draws them): {', '.join(names)}." if names else ""
+
     def losses(self, sizes: Floats, format_name: str) -> Floats:
         """Expected losses at these N."""
         law = self.law.law
@@ -57,6 +68,15 @@ class Drawn:
         """Which N the law was fitted to, give or take a tenth."""
         low, high = self.law.range.parameters
         return np.asarray((sizes >= low / 1.1) & (sizes <= high * 1.1))
+
+
+def rotated(law: FittedLaw) -> tuple[str, ...]:
+    """The reference and the rotated formats of a law that can be packed, in its order."""
+    return tuple(
+        name
+        for name in law.efficiencies
+        if name == law.reference or ("norot" not in name and why_not_packed(name) is None)
+    )
 
 
 def scaling_charts(drawn: Drawn, runs: Sequence[ScalingRun] = ()) -> list[Chart]:
@@ -76,16 +96,19 @@ def loss_against_size(drawn: Drawn, runs: Sequence[ScalingRun] = ()) -> Chart:
     with panels(1, 1, height=4.3, top=0.15, right=right) as (figure, [[axes]]):
         axes.set_xscale("log")
         ends = []
-        for name, (colour, marker) in drawn.styles.items():
+        for name in drawn.counted:
             losses, inside = drawn.losses(sizes, name), drawn.inside(sizes)
-            _line(axes, sizes, losses, inside, colour)
             rows += [
                 ("law", name, float(n), float(n) * ratio, float(loss)) for n, loss in zip(sizes, losses, strict=True)
             ]
             marks = [run for run in shown if run.format == name]
+            rows += [("run", name, run.parameters, run.tokens, run.loss) for run in marks]
+            if name not in drawn.styles:
+                continue
+            colour, marker = drawn.styles[name]
+            _line(axes, sizes, losses, inside, colour)
             x, y = [run.parameters for run in marks], [run.loss for run in marks]
             axes.plot(x, y, marker, color=colour, ms=5.5, mec=figures._PAPER, mew=0.6)
-            rows += [("run", name, run.parameters, run.tokens, run.loss) for run in marks]
             ends.append((CurvePoint(sizes[-1], float(losses[-1])), figures._short(name), colour))
         axes.set_xlim(sizes[0], sizes[-1])
         bottom, top = axes.get_ylim()
@@ -95,8 +118,9 @@ def loss_against_size(drawn: Drawn, runs: Sequence[ScalingRun] = ()) -> Chart:
         axes.set_ylabel("loss, nats per token", labelpad=3)
         figures._label_ends(axes, ends)
         caption = f"Expected loss at {ratio:g} tokens per parameter; dashed beyond the sizes of the fit." + (
-            f" Marks: runs with about as many ({len(shown)})." if shown else ""
+            f" Marks: runs with about as many ({sum(run.format in drawn.styles for run in shown)})." if shown else ""
         )
+        caption = f"{caption} {drawn.left_out}".rstrip()
         return finished(
             figure, "loss-against-size", "Loss against size", caption, ("kind", "format", "N", "tokens", "loss"), rows
         )
@@ -117,13 +141,14 @@ def size_at_loss(drawn: Drawn) -> Chart:
             axes.set_xscale("log")
             lines = {
                 name: (packed_bytes(shapes, name, bits).total.astype(float), drawn.losses(n, name))
-                for name in drawn.styles
+                for name in drawn.counted
             }
             winners = _winners(lines)
             for name, (size, loss) in lines.items():
                 x, y = size[shown] / 1e6, loss[shown]
-                _line(axes, x, y, drawn.inside(n[shown]), drawn.styles[name][0])
-                everything += list(zip(x, y, strict=True))
+                if name in drawn.styles:
+                    _line(axes, x, y, drawn.inside(n[shown]), drawn.styles[name][0])
+                    everything += list(zip(x, y, strict=True))
                 rows += [
                     (bits, name, int(size[i]), int(n[i]), float(loss[i]), "yes" if winners[name][i] else "no")
                     for i in shown
@@ -139,12 +164,28 @@ def size_at_loss(drawn: Drawn) -> Chart:
         caption = (
             "Lower and further left is better: the lowest line at a size is the format to take. "
             f"Token table and head of {drawn.vocabulary:,} words; {drawn.tokens_per_parameter:g} tokens per parameter; "
-            "dashed beyond the fit."
+            f"dashed beyond the fit. {drawn.left_out}".rstrip()
         )
         return finished(
             figure, "size-at-loss", "Packed size against loss", caption,
             ("table_bits", "format", "bytes", "N", "loss", "on_front"), rows,
         )  # fmt: skip
+
+
+def on_some_front(drawn: Drawn) -> set[str]:
+    """The counted formats that no other undercuts at some size, with tables of some width."""
+    shapes = Shapes.proportional(drawn.vocabulary)
+    n = shapes.parameters.astype(float)
+    low, high = drawn.law.range.parameters
+    near = (n >= low / 3) & (n <= high * _BEYOND)
+    found: set[str] = set()
+    for bits in TABLE_BITS:
+        lines = {
+            name: (packed_bytes(shapes, name, bits).total.astype(float), drawn.losses(n, name))
+            for name in drawn.counted
+        }
+        found |= {name for name, best in _winners(lines).items() if (np.array(best) & near).any()}
+    return found
 
 
 def efficiency_by_bits(law: FittedLaw) -> Chart:

@@ -8,10 +8,9 @@ from bitquest.evaluation import figures
 from bitquest.evaluation import report_page as html
 from bitquest.evaluation.charts import Chart, write_charts
 from bitquest.evaluation.plan import size_text
-from bitquest.evaluation.plan_models import why_not_packed
 from bitquest.evaluation.report import environment
 from bitquest.evaluation.report_page import Table
-from bitquest.evaluation.scaling_charts import Drawn, scaling_charts
+from bitquest.evaluation.scaling_charts import Drawn, on_some_front, rotated, scaling_charts
 from bitquest.evaluation.scaling_fitted import FittedLaw
 from bitquest.evaluation.scaling_runs import ScalingRun
 from bitquest.evaluation.scaling_table import constants_table, formats_table, remarks
@@ -26,15 +25,13 @@ _TITLES = {
 }
 
 
-def formats_to_draw(law: FittedLaw) -> tuple[str, ...]:
-    """The reference and as many rotated formats as there are colours, those with the most runs."""
-    rest = [
-        name
-        for name in law.efficiencies
-        if name != law.reference and "norot" not in name and why_not_packed(name) is None
-    ]
-    chosen = sorted(rest, key=lambda name: -law.runs[name])[: figures.SERIES]
-    return (law.reference, *(name for name in law.efficiencies if name in chosen))
+def formats_to_draw(law: FittedLaw, tokens_per_parameter: float = 100.0, vocabulary: int = 32_000) -> tuple[str, ...]:
+    """The reference and as many rotated formats as there are colours: those on a front first, then by falling eff."""
+    names = rotated(law)
+    front = on_some_front(Drawn(law, names, tokens_per_parameter, vocabulary))
+    rest = [name for name in names if name != law.reference]
+    chosen = sorted(rest, key=lambda name: (name not in front, -law.efficiencies[name]))[: figures.SERIES]
+    return (law.reference, *(name for name in rest if name in chosen))
 
 
 def write_scaling_report(
