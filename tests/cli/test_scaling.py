@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 
 import pytest
 
@@ -30,7 +31,7 @@ def runs(tmp_path):
 
 def test_fit_then_plot_then_plan(bitquest, runs, tmp_path):
     law = tmp_path / "law.json"
-    result, said = bitquest("scaling", "fit", runs, "--out", law, "--bootstrap", 40, "--json")
+    result, said = bitquest("scaling", "fit", runs, "--out", law, "--bootstrap", 50, "--json")
     assert result["law"]["formats"]["w4a4"]["eff"] == pytest.approx(0.7, rel=0.05)
     low, high = result["law"]["formats"]["w1a1"]["interval"]
     assert 0.015 < low < result["law"]["formats"]["w1a1"]["eff"] < high < 0.025
@@ -99,6 +100,8 @@ def test_held_constants_and_formats(bitquest, runs):
     assert result["law"]["constants"]["beta"] == pytest.approx(0.24)
     assert result["law"]["formats"]["w4a4"]["interval"] is None
     assert "held" in said
+    assert said.count("1 by definition") == 1  # the reference alone; without samples there is no interval to say
+    assert re.search(r"w4a4 +0\.\d+ +– ", said)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +111,10 @@ def test_held_constants_and_formats(bitquest, runs):
         (("fit", "RUNS", "--reference", "w2a2"), "no run of the reference format 'w2a2'"),
         (("fit", "RUNS", "--hold", "beta"), "--hold beta: write NAME=VALUE"),
         (("fit", "RUNS", "--huber", "0"), "--huber 0: must be above 0"),
+        (
+            ("fit", "RUNS", "--bootstrap", 49),
+            "--bootstrap 49: fewer than 50 samples make no 95 % interval; 0 for none",
+        ),
         (("fit", "RUNS", "--out", "."), "this is a folder"),
         (("fit", "missing.csv"), "missing.csv: no such file or folder"),
         (("plot", "--law", "missing.json"), "missing.json: No such file or directory"),

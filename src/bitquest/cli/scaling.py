@@ -10,6 +10,7 @@ from bitquest.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Fit the scaling law to runs, and draw what follows from it.")
 
+LEAST_SAMPLES = 50  # below, the ends of an interval are the extremes of the samples
 _LAW = "A law that `bitquest scaling fit` wrote; without, the one fitted to the QuEST paper's runs."
 
 
@@ -43,6 +44,10 @@ def fit(
         check_place(out)
     if not huber > 0:
         raise ConfigError(f"--huber {huber:g}: must be above 0 (a large value is plain least squares)")
+    if 0 < bootstrap < LEAST_SAMPLES:
+        raise ConfigError(
+            f"--bootstrap {bootstrap}: fewer than {LEAST_SAMPLES} samples make no 95 % interval; 0 for none"
+        )
     found = read_runs(runs)
     chosen = found.runs
     if formats is not None:

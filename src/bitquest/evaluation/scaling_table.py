@@ -26,7 +26,12 @@ def constants_table(law: FittedLaw) -> Table:
 def formats_table(law: FittedLaw) -> Table:
     """A row per format: eff and its interval, by falling eff."""
     rows = [
-        (name, f"{eff:.3g}", interval_text(law.efficiency_interval(name), "1 by definition"), str(law.runs[name]))
+        (
+            name,
+            f"{eff:.3g}",
+            "1 by definition" if name == law.reference else interval_text(law.efficiency_interval(name)),
+            str(law.runs[name]),
+        )
         for name, eff in sorted(law.efficiencies.items(), key=lambda pair: -pair[1])
     ]
     note = f"A model of N parameters in a format learns like one of N·eff parameters in {law.reference}."
