@@ -138,6 +138,23 @@ def test_a_file_beside_runs(comparison):
     assert len(read_runs([path, comparison / "runs/a"]).runs) == 2
 
 
+def test_runs_that_are_given_twice_count_once(comparison, tmp_path):
+    path = _csv(tmp_path, HEAD + "1e6,2e7,none,3.5\n1e6,2e7,none,3.5\n1e6,2e7,w4a4,3.6\n")
+    copy = tmp_path / "copy.csv"
+    copy.write_text(path.read_text() + "1e6,2e7,w2a2,3.7\n")
+    once = read_runs([path])
+    assert (len(once.runs), once.notes) == (3, ())  # equal rows of one file are two seeds
+    found = read_runs([path, path])
+    assert (found.runs, found.notes) == (once.runs, ("3 runs are given more than once; each counts once",))
+    assert [run.format for run in read_runs([path, copy]).runs] == ["bf16", "bf16", "w4a4", "w2a2"]
+    alone = read_runs([comparison])
+    indirect = comparison / "runs/../runs/b"
+    for paths in ([comparison, comparison / "runs/a"], [comparison, indirect]):
+        found = read_runs(paths)
+        assert found.runs == alone.runs
+        assert found.notes == (*alone.notes, "1 run is given more than once; each counts once")
+
+
 def test_an_unstable_run_does_not_count(comparison, tmp_path):
     import shutil
 

@@ -58,25 +58,45 @@ def read_runs(paths: Sequence[str | Path]) -> ScalingRuns:
 
     Runs that diverged, are unstable or have steps left are left out with a note. Of a cell (format, N, D) that was
     trained at several learning rates only one rate's runs stay: the rate with the most runs, of these with the lowest
-    mean loss. Raises DataError naming file and line, or folder.
+    mean loss. Runs that are given twice (a file and its copy, a comparison and one of its runs) count once, and a note
+    says so. Raises DataError naming file and line, or folder.
     """
-    found: list[ScalingRun] = []
+    inputs: list[list[ScalingRun]] = []
     notes: list[str] = []
     folders: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
             folders += _run_folders(path)
         elif path.exists():
-            found += read_csv(path)
+            inputs.append(read_csv(path))
         else:
             raise DataError(f"{path}: no such file or folder; name a CSV of runs, run directories or comparisons")
+    places = {folder.resolve(): folder for folder in reversed(folders)}
     if folders:
-        trained, notes = _read_folders(folders)
-        found += trained
+        trained, notes = _read_folders([folder for folder in dict.fromkeys(folders) if folder in places.values()])
+        inputs += [[run] for run in trained]
+    found, twice = _each_once(inputs)
+    twice += len(folders) - len(places)
+    if twice:
+        notes.append(f"{twice} run{'s are' if twice > 1 else ' is'} given more than once; each counts once")
     kept, dropped = _best_rates(found)
     if dropped:
         notes.append(f"{dropped} runs at learning rates other than their cell's best one were left out")
     return ScalingRuns(tuple(kept), tuple(notes))
+
+
+def _each_once(inputs: Sequence[Sequence[ScalingRun]]) -> tuple[list[ScalingRun], int]:
+    """The runs of all inputs without those that an earlier input has, and how many these are.
+
+    Within one input equal rows stay: a file may round the losses of two seeds to the same digits.
+    """
+    found: list[ScalingRun] = []
+    known: set[ScalingRun] = set()
+    for runs in inputs:
+        bare = {run: replace(run, source="") for run in runs}
+        found += [run for run in runs if bare[run] not in known]
+        known |= set(bare.values())
+    return found, sum(map(len, inputs)) - len(found)
 
 
 # --- CSV -----------------------------------------------------------------------------------------------------------
