@@ -149,6 +149,13 @@ def test_nothing_allowed_is_better():
         assert one.loss == pytest.approx(losses.min())
 
 
+def test_a_loss_that_everything_meets_is_said():
+    said = "Every format meets a loss of 100 at every size considered; the smallest model considered is shown."
+    assert said in advice(make_plan(_request(loss=100.0, prefer="bytes")))
+    assert "it rules nothing out" in " ".join(advice(make_plan(_request(loss=100.0, memory=1e9))))
+    assert not make_plan(_request(loss=2.8, prefer="bytes")).loss_is_idle
+
+
 def test_a_loss_is_reached_with_the_fewest_bytes():
     plan = make_plan(_request(loss=2.8, prefer="bytes"))
     assert all(choice.loss <= 2.8 for choice in plan.choices)

@@ -145,11 +145,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """The best choice of every format that can meet the request, best first; and why others cannot."""
+    """The best choice of every format that can meet the request, best first; and why others cannot.
+
+    loss_is_idle: every size of every format reaches the loss that is asked.
+    """
 
     request: Request
     choices: tuple[Choice, ...]
     impossible: Mapping[str, str] = field(default_factory=dict)
+    loss_is_idle: bool = False
 
     @property
     def best(self) -> Choice:
@@ -189,7 +193,8 @@ def make_plan(request: Request) -> Plan:
     if not found:
         raise ConfigError(_why_none(tried))
     choices = [candidates.choice(place) for (_, place), candidates in sorted(found, key=lambda pair: pair[0][0])]
-    return Plan(request, tuple(choices), impossible)
+    idle = request.loss is not None and all(float(one.loss.max()) <= request.loss for one in tried)
+    return Plan(request, tuple(choices), impossible, idle)
 
 
 @dataclass(frozen=True)

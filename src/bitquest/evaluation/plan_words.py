@@ -43,6 +43,9 @@ def advice(plan: Plan) -> list[str]:
         f"{interval} nats per token; {size_text(best.packed_bytes)} packed; {_number(best.device_hours)} "
         f"{request.train_on.name}-hours" + ("" if best.dollars is None else f", {_number(best.dollars)} dollars") + "."
     ]
+    if plan.loss_is_idle:
+        shown = "it rules nothing out" if request.prefer == "loss" else "the smallest model considered is shown"
+        found.append(f"Every format meets a loss of {request.loss:g} at every size considered; {shown}.")
     rivals = [one for one in plan.choices[1:] if _overlap(best, one)] if request.prefer == "loss" else []
     if rivals:
         names = ", ".join(one.format for one in rivals)
