@@ -142,6 +142,11 @@ def test_mistakes(bitquest, runs, words, message):
         (("--memory", "2GB", "--formats", "w5a5"), "the scaling law knows no format 'w5a5'"),
         (("--memory", "2GB", "--formats", ","), "--formats names no format"),
         (("--memory", "2GB", "--run-on", "toaster"), "unknown hardware 'toaster'"),
+        (("--memory", "2GB", "--hardware", "h1000"), "unknown hardware 'h1000'; did you mean 'h100'? There are h100,"),
+        (
+            ("--memory", "2GB", "--law", "."),
+            ".: this is a folder; name the file that `bitquest scaling fit … --out` wrote",
+        ),
         (("--memory", "2GB", "--bench", "nothing.json"), "nothing.json: No such file"),
     ],
 )

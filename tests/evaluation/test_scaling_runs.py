@@ -43,7 +43,11 @@ def test_a_csv_of_ones_own(tmp_path):
         ("parameters,tokens,loss\n1,2,3\n", "no column says the format"),
         (HEAD + "1e6,2e7,none,nan\n", "runs.csv, line 2: loss is 'nan', not a positive number"),
         (HEAD + "1e6,2e7,none,3\n1e6,-2,none,3\n", "line 3: tokens is '-2'"),
-        (HEAD + "1e6,2e7,none\n", "line 2: loss is None"),
+        ("", "runs.csv: the file is empty"),
+        (HEAD + "1e6,2e7,none\n", "line 2: the line ends before loss"),
+        (HEAD + "1e6,2e7,none,3\n1e6\n", "line 3: the line ends before tokens"),
+        ("loss,parameters,tokens,scheme\n3,1e6,2e7\n", "line 2: the line ends before scheme"),
+        ('{\n "format": "bitquest-scaling-law",\n', "runs.csv: this is a scaling law, not a CSV of runs"),
         (HEAD + "1e6,2e7,w9a9,3\n", "line 2: scheme 'w9a9'"),
         (
             "parameters,tokens,loss,weight_bits,activation_bits,rotation\n1e6,2e7,3,4,4,givens\n",

@@ -66,7 +66,8 @@ def find_hardware(name: str, own: Path | None = None) -> Hardware:
     known = dict(HARDWARE) | (_read(own) if own is not None else {})
     key = name.strip().lower()
     if key not in known:
-        raise ConfigError(f"unknown hardware {name!r}{nearest(key, known)}; there are {', '.join(known)}")
+        hint = nearest(key, known)
+        raise ConfigError(f"unknown hardware {name!r}{hint}{' There' if hint else '; there'} are {', '.join(known)}")
     return known[key]
 
 

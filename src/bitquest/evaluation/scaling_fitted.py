@@ -197,6 +197,8 @@ class FittedLaw:
 def load_law(path: Path | None) -> FittedLaw:
     """The law of a file, or, for None, the fit to the QuEST paper's runs. Raises DataError naming the file."""
     where = PAPER if path is None else path
+    if where.is_dir():
+        raise DataError(f"{where}: this is a folder; name the file that `bitquest scaling fit … --out` wrote")
     try:
         return FittedLaw.from_json(json.loads(where.read_text(encoding="utf-8")))
     except (UnicodeDecodeError, json.JSONDecodeError):

@@ -112,6 +112,10 @@ def read_csv(path: Path) -> list[ScalingRun]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             columns = reader.fieldnames or []
+            if not columns:
+                raise DataError(f"{path}: the file is empty; a CSV of runs has a head and a line per run")
+            if columns[0].startswith("{") and "bitquest-scaling-law" in f"{columns}{file.read(200)}":
+                raise DataError(f"{path}: this is a scaling law, not a CSV of runs; `scaling plot --law` takes it")
             picked = {what: _column(path, columns, what) for what in _NAMES}
             if "scheme" not in columns and not {"weight_bits", "activation_bits"} <= set(columns):
                 raise DataError(
@@ -132,6 +136,9 @@ def _column(path: Path, columns: Sequence[str], what: str) -> str:
 
 
 def _row(where: str, row: Mapping[str, str | None], columns: Mapping[str, str]) -> ScalingRun:
+    for name, text in row.items():
+        if text is None and name in (*columns.values(), "scheme", "weight_bits", "activation_bits"):
+            raise DataError(f"{where}: the line ends before {name}; complete it, or remove the line")
     numbers = {what: _positive(where, name, row[name]) for what, name in columns.items()}
     rate = row.get("learning_rate")
     return ScalingRun(
