@@ -139,10 +139,7 @@ def size_at_loss(drawn: Drawn) -> Chart:
         everything = []
         for axes, bits in zip(line, TABLE_BITS, strict=True):
             axes.set_xscale("log")
-            lines = {
-                name: (packed_bytes(shapes, name, bits).total.astype(float), drawn.losses(n, name))
-                for name in drawn.counted
-            }
+            lines = _sizes_and_losses(drawn, shapes, bits)
             winners = _winners(lines)
             for name, (size, loss) in lines.items():
                 x, y = size[shown] / 1e6, loss[shown]
@@ -180,10 +177,7 @@ def on_some_front(drawn: Drawn) -> set[str]:
     near = (n >= low / 3) & (n <= high * _BEYOND)
     found: set[str] = set()
     for bits in TABLE_BITS:
-        lines = {
-            name: (packed_bytes(shapes, name, bits).total.astype(float), drawn.losses(n, name))
-            for name in drawn.counted
-        }
+        lines = _sizes_and_losses(drawn, shapes, bits)
         found |= {name for name, best in _winners(lines).items() if (np.array(best) & near).any()}
     return found
 
@@ -331,6 +325,15 @@ def _stretches(inside: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
         if place == inside.size or inside[place] != inside[start]:
             yield start, place
             start = place
+
+
+def _sizes_and_losses(drawn: Drawn, shapes: Shapes, table_bits: int) -> dict[str, tuple[Floats, Floats]]:
+    """Packed bytes and expected losses of the shapes, both (C,), in every counted format."""
+    n = shapes.parameters.astype(float)
+    return {
+        name: (packed_bytes(shapes, name, table_bits).total.astype(float), drawn.losses(n, name))
+        for name in drawn.counted
+    }
 
 
 def _winners(lines: Mapping[str, tuple[Floats, Floats]]) -> dict[str, list[bool]]:
