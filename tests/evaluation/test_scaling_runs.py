@@ -1,6 +1,8 @@
 """Reading the runs of a law: CSV, run directories, comparisons; what is left out, what is refused."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,14 @@ def test_the_rate_that_a_cell_keeps():
     rows = [ScalingRun(10, 100, "w1a1", loss, "", rate) for loss, rate in ((3.0, 1e-3), (2.9, 2e-3))]
     assert _best_rates(rows) == (rows, 0)  # rows of a CSV are one run each
     assert [r.loss for r in pooled(kept)] == [pytest.approx(3.0), 1.0]
+
+
+def test_a_run_with_another_recipe_is_a_format_of_its_own(comparison, tmp_path):
+    shutil.copytree(comparison / "runs/b", tmp_path / "b")
+    config = tmp_path / "b/config.toml"
+    config.write_text(re.sub(r"\n\[recipe\]\n(?:[^\[]*)", "\n", config.read_text()) + "\n[recipe]\nmatrix_lr = 0.5\n")
+    (run,) = read_runs([tmp_path / "b"]).runs
+    assert run.format == "w1a1@matrix_lr=0.5"
 
 
 def test_format_names():

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bitquest.errors import ConfigError, DataError
 from bitquest.nn import Scheme
@@ -233,6 +234,13 @@ def _read_folders(folders: Sequence[Path]) -> tuple[list[ScalingRun], list[str]]
     return runs, notes
 
 
+def _recipe_label(given: Mapping[str, Any]) -> str:
+    """What differs from the paper's recipe, in a word for each key; "" for nothing."""
+    named = [] if given["name"] == "quest" else [str(given["name"])]
+    keys = [f"{key}={value}".replace(" ", "") for key, value in given.items() if key != "name"]
+    return ",".join(named + keys)
+
+
 def _read_folder(folder: Path) -> tuple[ScalingRun | str, str]:
     """A run and the data it names; or why it does not count."""
     from bitquest.evaluation.compare_runs import ended_above
@@ -250,12 +258,12 @@ def _read_folder(folder: Path) -> tuple[ScalingRun | str, str]:
     if config.model.init_from is not None:
         return "started from a checkpoint; the law is of training from scratch", ""
     shape = config.model.llama_config(1, config.data.context)
-    recipe = getattr(getattr(config, "recipe", None), "name", "quest")
+    recipe = _recipe_label(config.recipe.given())
     name = format_name(config.scheme)
     return ScalingRun(
         parameters=shape.non_embedding_parameters,
         tokens=config.train.steps * config.train.batch_size * config.data.context,
-        format=name if recipe == "quest" else f"{name}@{recipe}",
+        format=f"{name}@{recipe}" if recipe else name,
         loss=summary.val_loss,
         source=str(folder),
         rate=config.optimizer.lr,
