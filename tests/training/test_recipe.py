@@ -326,3 +326,25 @@ def test_a_run_with_a_teacher_says_what_it_costs_and_learns_from_it(make_config,
     with pytest.raises(CheckpointError, match="no such run directory"):
         train(missing, tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("scheme", ["w4a4-mxfp4", "w4a4-nvfp4"])
+def test_gains_are_refused_where_steps_are_rounded(scheme):
+    model = quantize_(Llama(LlamaConfig.preset("1M", vocab_size=97, max_position_embeddings=32)), scheme)
+    with pytest.raises(ConfigError, match="rounded themselves"):
+        RowGain(model)
+
+
+def test_a_model_is_published_with_the_schemes_widths():
+    fields = {
+        "scheme": "w1a1", "model": {"preset": "1M"}, "train": {"steps": 10},
+        "recipe": {"activation_bits": [[0.0, 8], [0.5, 1]]},
+    }  # fmt: skip
+    model = quantize_(Llama(LlamaConfig.preset("1M", vocab_size=97, max_position_embeddings=32)), "w1a1")
+    recipe = Recipe(model, TrainConfig.from_dict(fields))
+    layer = model.model.layers[0].self_attn.q_proj
+    recipe.before_step(1)
+    assert layer.activation_quantizer.spec.bits == 8
+    with recipe.published():
+        assert layer.activation_quantizer.spec == Scheme.parse("w1a1").activation
+    assert layer.activation_quantizer.spec.bits == 8

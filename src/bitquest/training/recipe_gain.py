@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bitquest.errors import ConfigError
 from bitquest.nn import QuantizedLinear
 from bitquest.nn.convert import is_head
-from bitquest.numerics.scaling import PerTensor
+from bitquest.numerics.scaling import PerTensor, PowerOfTwo, TwoLevel
 from bitquest.training.recipe_part import Part
 
 GAIN = "row_gain"
@@ -33,7 +33,7 @@ def _times_gain(layer: nn.Module, _: Any, output: Tensor) -> Tensor:
 class RowGain(Part):
     """Gains, all 1 at first, on every linear layer but the head. Raises ConfigError for scales that no gain folds into.
 
-    A per-tensor or learned weight step does not follow a factor on one row.
+    A per-tensor, learned or rounded weight step (MXFP4's, NVFP4's) does not follow a factor on one row.
     """
 
     publishes = True
@@ -44,10 +44,11 @@ class RowGain(Part):
         ]
         for layer in self.layers:
             spec = layer.weight_quantizer.spec if isinstance(layer, QuantizedLinear) else None
-            if spec is not None and (spec.is_learned or isinstance(spec.granularity, PerTensor)):
+            rounded = spec is not None and isinstance(spec.scale, PowerOfTwo | TwoLevel)
+            if spec is not None and (spec.is_learned or rounded or isinstance(spec.granularity, PerTensor)):
                 raise ConfigError(
-                    "recipe.row_gain needs weight steps that are computed row by row; this scheme's are learned or "
-                    "one for the whole matrix: set recipe.row_gain to false"
+                    "recipe.row_gain needs weight steps that are computed row by row; this scheme's are learned, "
+                    "rounded themselves, or one for the whole matrix: set recipe.row_gain to false"
                 )
             layer.register_parameter(GAIN, nn.Parameter(torch.ones(layer.out_features, device=layer.weight.device)))
             layer.register_forward_hook(_times_gain)

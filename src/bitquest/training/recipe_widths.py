@@ -5,6 +5,7 @@ start: arXiv 2509.22935 and the staged training before it. The model that is sav
 """
 
 import dataclasses
+from collections.abc import Callable
 from itertools import pairwise
 
 from torch import nn
@@ -59,7 +60,7 @@ class QuantizerSchedule(Part):
             (layer, layer.weight_quantizer.spec, layer.activation_quantizer.spec)
             for layer in block_layers(model).values()
         ]
-        self._now: tuple[int | float | None, ...] | None = None
+        self._now: tuple[int | None, int | None, float | None, float | None] | None = None
 
     def before_step(self, step: int) -> None:
         section, share = self.section, (step - 1) / self.steps
@@ -69,10 +70,19 @@ class QuantizerSchedule(Part):
             ratio_at(section.weight_clip, share),
             ratio_at(section.activation_clip, share),
         )
-        if now == self._now:
-            return
-        self._now = now
-        w_bits, a_bits, w_ratio, a_ratio = now
+        if now != self._now:
+            self._now = now
+            self._apply(*now)
+
+    def publish(self) -> Callable[[], None]:
+        """Evaluate and save with the scheme's quantizers, whatever the step trains with."""
+        now = self._now
+        if now is None:
+            return lambda: None
+        self._apply(None, None, None, None)
+        return lambda: self._apply(*now)
+
+    def _apply(self, w_bits: int | None, a_bits: int | None, w_ratio: float | None, a_ratio: float | None) -> None:
         for layer, weight, activation in self.layers:
             layer.requantize(
                 weight=weight and changed(weight, w_bits, w_ratio, layer.rotation),

@@ -181,7 +181,7 @@ class _Session:
         if self.environment["engine"] != "torch":
             fuse_(self.model)
         self.model.activation_checkpointing = config.train.activation_checkpointing
-        self.recipe = Recipe(self.model, config, is_new=checkpoint is None)
+        self.recipe = Recipe(self.model, config, is_new=checkpoint is None and config.model.init_from is None)
         teacher = Distillation(config.recipe, self.tokens, self.device) if config.recipe.teacher else None
         self.optimizer = self.recipe.optimizer
         self.stepper = Stepper(
