@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bitquest.errors import ConfigError, DataError
-from bitquest.evaluation.scaling_fit import _Problem, _student, fit_law
+from bitquest.evaluation.scaling_fit import _Problem, fit_law
 from bitquest.evaluation.scaling_fitted import PAPER, FittedLaw, load_law, short_count
 from bitquest.evaluation.scaling_law import EFFICIENCY, PUBLISHED, ScalingLaw
 from bitquest.evaluation.scaling_runs import ScalingRun, read_runs
@@ -233,7 +233,6 @@ def test_the_range_is_told():
     assert "tokens per parameter 1 is" in law.range.beyond(1e8, 1e8)[-1]
 
 
-def test_short_counts_and_students_quantile():
+def test_short_counts():
     counts = [short_count(value) for value in (999, 1e3, 999.6e3, 1.234e6, 2e9, 3.5e12, 7e15)]
     assert counts == ["999", "1k", "1M", "1.23M", "2B", "3.5T", "7000T"]
-    assert [_student(freedom) for freedom in (4, 10, 83)] == pytest.approx([2.776, 2.228, 1.989], rel=5e-3)

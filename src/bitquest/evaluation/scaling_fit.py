@@ -13,7 +13,6 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +21,7 @@ from bitquest.errors import ConfigError
 from bitquest.evaluation.scaling_fitted import CONSTANTS, LEVEL, FittedLaw, FittedRange
 from bitquest.evaluation.scaling_law import ScalingLaw
 from bitquest.evaluation.scaling_runs import UNQUANTIZED, ScalingRun
+from bitquest.evaluation.student import t_quantile
 
 Array = NDArray[np.float64]
 Progress = Callable[[int, int], None]
@@ -326,7 +326,7 @@ def _bootstrap(
 
 def _range_of_e(problem: _Problem, best_1U: Array, squares: float, freedom: int, huber: float) -> tuple[float, float]:
     """The E between which the sum of squares stays within what chance explains (profile, F test at LEVEL)."""
-    limit = squares * (1 + _student(freedom) ** 2 / freedom)
+    limit = squares * (1 + t_quantile((1 + LEVEL) / 2, freedom) ** 2 / freedom)
     start, target = np.delete(best_1U, problem.free.index("E"), 1), problem.log_loss[None]
 
     def fits(e: float) -> bool:
@@ -344,10 +344,3 @@ def _edge(fits: Callable[[float], bool], inside: float, outside: float) -> float
         middle = (inside + outside) / 2
         inside, outside = (middle, outside) if fits(middle) else (inside, middle)
     return inside
-
-
-def _student(freedom: int) -> float:
-    """Two-sided quantile of Student's t at LEVEL, by Cornish and Fisher's expansion (1 % off at 3 degrees)."""
-    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + math.fsum(term / freedom**power for power, term in enumerate(terms, 1))
