@@ -5,7 +5,7 @@ import json
 import random
 
 import pytest
-from compare_cases import MODEL_AND_DATA, prepare_words
+from compare_cases import MODEL_AND_DATA, THREE_STEPS, prepare_words
 
 from bitquest.errors import ConfigError
 from bitquest.evaluation.compare import compare
@@ -18,19 +18,8 @@ from bitquest.training import TrainConfig
 
 CONFIG = (
     MODEL_AND_DATA
+    + THREE_STEPS
     + """
-[train]
-steps = 3
-batch_size = 2
-threads = 1
-
-[evaluate]
-every = 0
-batches = 2
-
-[log]
-every = 1
-
 [compare]
 schemes = ["none"]
 names = ["unquantized"]

@@ -6,7 +6,7 @@ import sys
 from contextlib import suppress
 
 import pytest
-from compare_cases import MODEL_AND_DATA, prepare_words
+from compare_cases import MODEL_AND_DATA, THREE_STEPS, prepare_words
 
 from bitquest.evaluation import compare_workers
 from bitquest.evaluation.compare import compare, jobs_of
@@ -18,19 +18,8 @@ from bitquest.training.runs import claimed
 
 CONFIG = (
     MODEL_AND_DATA
+    + THREE_STEPS
     + """
-[train]
-steps = 3
-batch_size = 2
-threads = 1
-
-[evaluate]
-every = 0
-batches = 2
-
-[log]
-every = 1
-
 [compare]
 schemes = ["none", "w1a1"]
 seeds = [0]

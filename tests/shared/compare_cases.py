@@ -19,6 +19,20 @@ path = "{data}"
 context = 16
 """
 
+THREE_STEPS = """
+[train]
+steps = 3
+batch_size = 2
+threads = 1
+
+[evaluate]
+every = 0
+batches = 2
+
+[log]
+every = 1
+"""
+
 
 def prepare_words(folder: Path) -> Path:
     """Tokens of 300 sentences of nine random words, in folder/data."""

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bitquest.errors import MissingExtraError
+from bitquest.evaluation.student import welch
 
 NOT_SEPARABLE = "not separable"
 
@@ -106,9 +107,5 @@ def _welch(one: Mapping[int, float], other: Mapping[int, float]) -> float | None
     """Half of the interval of the difference of two means of their own; None where one has a single seed."""
     if min(len(one), len(other)) < 2:
         return None
-    parts = [(statistics.variance(values.values()) / len(values), len(values) - 1) for values in (one, other)]
-    total = sum(part for part, _ in parts)
-    if total == 0:
-        return 0.0
-    freedom = total**2 / sum(part**2 / free for part, free in parts)
-    return t_quantile(freedom) * math.sqrt(total)
+    error, freedom = welch(one.values(), other.values())
+    return t_quantile(freedom) * error

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from bitquest.errors import ConfigError
@@ -56,13 +56,21 @@ def difference_interval(ones: Sequence[float], others: Sequence[float], confiden
     """mean(ones) − mean(others) of independent values, two or more each (Welch, Biometrika 34, 1947)."""
     if len(ones) < 2 or len(others) < 2:
         raise ConfigError("an interval takes two values or more of each")
-    difference = statistics.fmean(ones) - statistics.fmean(others)
-    parts = [statistics.variance(values) / len(values) for values in (ones, others)]
-    if sum(parts) == 0:
-        return Interval(difference, difference, difference)
-    freedom = sum(parts) ** 2 / sum(p**2 / (len(v) - 1) for p, v in zip(parts, (ones, others), strict=True))
-    half = t_quantile((1 + confidence) / 2, freedom) * math.sqrt(sum(parts))
+    difference, (error, freedom) = statistics.fmean(ones) - statistics.fmean(others), welch(ones, others)
+    half = t_quantile((1 + confidence) / 2, freedom) * error
     return Interval(difference, difference - half, difference + half)
+
+
+def welch(ones: Collection[float], others: Collection[float]) -> tuple[float, float]:
+    """Standard error of the difference of the means of independent values, two or more each, and its freedom.
+
+    With a = s²/n of each: √(a + b), and (a + b)²/(a²/(n_a − 1) + b²/(n_b − 1)); of values that do not vary 0 and 1.
+    """
+    parts = [(statistics.variance(values) / len(values), len(values) - 1) for values in (ones, others)]
+    total = sum(part for part, _ in parts)
+    if total == 0:
+        return 0.0, 1.0
+    return math.sqrt(total), total**2 / sum(part**2 / free for part, free in parts)
 
 
 def _t_distribution(t: float, freedom: float) -> float:
